@@ -1,0 +1,2081 @@
+"""tinyinr: generalizable implicit neural representations, two papers in one file.
+
+A signal is a function from coordinates to values: an image (R^2 -> RGB), a scene (R^3 -> RGB and
+density, seen along rays), a curve (R -> R). Both models read a few observations of it, the context,
+in one forward pass, and give back the function itself:
+
+    context --encode--> code --decode(query)--> values
+
+[1] Chen & Wang, Transformers as Meta-Learners for Implicit Neural Representations, ECCV 2022
+    (arXiv 2208.02801), "TransINR": the code is the weights of an MLP, written by a Transformer.
+[2] Guo, Lan, Zhang, Lu & Chen, Versatile Neural Processes for Learning Implicit Neural
+    Representations, ICLR 2023 (arXiv 2301.08883), "VNP": the code is a few context tokens; a stack
+    of blocks, each modulated by a global latent of its own, gives the values.
+
+Shapes:  B batch   V views    H, W image   N context points   M targets       K points of the field
+         T tokens  D width    R rays       P points per ray   L latent blocks Z latent width
+Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centres in (-1, 1). Poses are
+camera-to-world (3, 4): x right, y up, the camera looks along -z (OpenGL); focals in pixels.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import posixpath
+import re
+import signal
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+DATA = Path(__file__).parent / "data"  # the bundled sets
+
+# ------------------------------------------------------------------------- config and presets
+
+COORD_DIM = {"image": 2, "nvs": 3, "gp": 1}  # what a task's field maps ...
+VALUE_DIM = {"image": 3, "nvs": 4, "gp": 1}  # ... to: RGB; RGB and density; y
+MODELS = ("transinr", "vnp")
+KERNELS = ("rbf", "matern52", "periodic")  # of the Gaussian processes that curves come from
+
+
+@dataclass
+class Config:
+    """Everything that defines a model and its training; the defaults are [1]'s image model."""
+
+    task: str = "image"
+    model: str = "transinr"
+    preset: str = "small"
+    # Transformer encoder, of both models
+    dim: int = 768
+    depth: int = 6
+    heads: int = 12
+    head_dim: int = 64
+    ff_dim: int = 3072
+    # tokenizer: patches (image, nvs) or a set convolution on a grid (gp)
+    image_size: int = 178  # side of a training image in pixels
+    patch: int = 9
+    padding: int = 1
+    merge: int = 1  # VNP images: merge x merge patches become one token, the bottleneck
+    context: tuple = (1.0, 1.0)  # images: range of the part of the pixels that is seen
+    grid: int = 192  # gp: points of the grid of the set convolution
+    grid_range: float = 2.4  # gp: the grid covers [-grid_range, grid_range]
+    grid_scales: int = 4  # gp: learned length scales of the set convolution
+    stride: int = 4  # gp: grid points per token
+    # positional encoding of coordinates
+    freqs: int = 64  # frequencies per axis
+    freq_top: float = 1024.0  # highest frequency over the lowest
+    # TransINR: the generated MLP
+    inr_depth: int = 5
+    inr_width: int = 256
+    groups: int = 64  # weight tokens per layer
+    identity_head: bool = False  # at initialisation the generated weights are the base weights
+    # VNP: the decoder
+    cross_depth: int = 3
+    cross_heads: int = 4
+    cross_ff: int = 512
+    blocks: int = 4
+    hidden: int = 512
+    latent: int = 64
+    latent_pool: str = "context"  # the prior is pooled over the "context" or over the "query"
+    min_std: float = 0.005  # floor of the predicted standard deviation
+    # scenes
+    near: float = 2.0
+    far: float = 6.0
+    points_per_ray: int = 128
+    radius: float = 0.0  # the scene is empty beyond this radius; 0: no bound
+    density_gain: float = 0.0  # softplus(gain * (raw - 0.1)) as density; 0: the papers' ReLU
+    color_gain: float = 1.0  # sigmoid(gain * raw) as color
+    views: int = 1  # context views
+    train_views: int = 0  # of every object only the first ones are used in training; 0: all
+    # training; the first of steps, minutes and epochs that is not 0 gives its length
+    steps: int = 0
+    minutes: float = 0.0
+    epochs: int = 0
+    batch_size: int = 16
+    queries: int = 0  # targets per signal and step (pixels, rays, points); 0: all there are
+    lr: float = 1e-4
+    muon_lr: float = 0.0  # of the Transformer's matrices; 0: Adam for all
+    beta2: float = 0.999
+    warmup: int = 0  # steps
+    decay: str = "step"  # x 0.1 at 80 % of the run, or "linear" to 0 after the part `hold`
+    hold: float = 0.0
+    clip: float = 1e9  # bound on the norm of the gradient
+    flip: bool = False  # images: mirror half of them
+    random_crop: bool = False  # images: along the longer side
+    augment: bool = False  # scenes: turn, mirror and recolor them
+    kernel: str = "rbf"  # curves: the training functions, or "all" kernels
+    beta: float = 1.0  # weight of the KL divergence ...
+    beta_warmup: float = 0.05  # ... reached after this part of the run
+    tto_lr: float = 1e-4  # test-time optimisation
+    save_every: float = 60.0  # seconds between checkpoints
+    seed: int = 0
+
+    def __post_init__(self):
+        check_choice("task", self.task, COORD_DIM)
+        check_choice("model", self.model, MODELS)
+        check_choice("latent_pool", self.latent_pool, ("context", "query"))
+        check_choice("decay", self.decay, ("step", "linear"))
+        check_choice("kernel", self.kernel, (*KERNELS, "all"))
+        self.context = tuple(float(v) for v in self.context)
+        if not 0 <= self.context[0] <= self.context[-1] <= 1 or len(self.context) != 2:
+            raise ValueError(f"context={self.context} must be a range within [0, 1]; try 0.05 0.5")
+        if self.model == "transinr" and self.inr_width % self.groups:
+            raise ValueError(f"groups={self.groups} must divide inr_width={self.inr_width}; try "
+                             f"{math.gcd(self.groups, self.inr_width)}")
+        if not self.near < self.far:
+            raise ValueError(f"near={self.near} must be below far={self.far}")
+
+    @property
+    def masked(self) -> bool:
+        """Whether a model of images also reads which pixels were seen."""
+        return self.task == "image" and self.context != (1.0, 1.0)
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the field: the values, and their std where the model is Gaussian."""
+        gaussian = self.task == "gp" or (self.task == "image" and self.model == "vnp")
+        return VALUE_DIM[self.task] * (2 if gaussian else 1)
+
+
+def check_choice(name, value, known):
+    """Raise ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(map(str, known))}")
+
+
+PRESETS = {  # name -> {(task, model): what differs from the defaults}; the first cell is the default
+    "small": {
+        ("image", "transinr"): dict(
+            image_size=64, patch=8, padding=0, dim=192, depth=4, heads=3, ff_dim=768, freqs=32,
+            freq_top=32.0, inr_width=64, groups=16, identity_head=True, minutes=9.8, batch_size=32,
+            queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+        ("nvs", "transinr"): dict(
+            image_size=64, patch=8, padding=0, dim=192, depth=4, heads=3, ff_dim=768, freqs=10,
+            freq_top=64.0, inr_width=64, groups=16, identity_head=True, minutes=14.8, batch_size=8,
+            queries=96, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
+            augment=True, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+        ("gp", "vnp"): dict(
+            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
+            cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=32,
+            lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
+        ("gp", "transinr"): dict(
+            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
+            inr_width=64, groups=16, identity_head=True, minutes=9.8, batch_size=32,
+            lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear", clip=1.0),
+        ("image", "vnp"): dict(
+            image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
+            ff_dim=256, freqs=32, freq_top=32.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128,
+            latent=32, minutes=14.8, batch_size=16, queries=512, lr=1e-3, muon_lr=0.02, beta2=0.95,
+            warmup=50, decay="linear", clip=1.0),
+        ("nvs", "vnp"): dict(
+            image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
+            freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
+            points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0, augment=True,
+            beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3, muon_lr=0.02, beta2=0.95,
+            warmup=50, decay="linear", clip=1.0),
+    },
+    "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
+    "transinr-imagenette": {("image", "transinr"): dict(epochs=400, random_crop=True, flip=True)},
+    "transinr-shapenet": {("nvs", "transinr"): dict(
+        image_size=128, patch=8, padding=0, freqs=20, freq_top=256.0, inr_depth=6, epochs=1000,
+        batch_size=32, queries=128, train_views=25)},
+    "vnp-shapenet": {("nvs", "vnp"): dict(
+        image_size=128, patch=8, padding=0, dim=512, heads=8, ff_dim=1024, freq_top=256.0,
+        beta=1e-3, latent_pool="query", epochs=1000, batch_size=32, queries=128, train_views=25)},
+    "vnp-gp": {("gp", "vnp"): dict(
+        dim=128, depth=6, heads=4, head_dim=32, ff_dim=512, freqs=32, freq_top=64.0,
+        cross_ff=256, hidden=128, latent=32, steps=100_000, batch_size=16, lr=5e-4, warmup=1000,
+        decay="linear", clip=1.0)},
+}
+
+
+def make_config(preset="small", task=None, model=None, **given) -> Config:
+    """Config of a preset for a task and a model, with the given fields in place of the preset's."""
+    check_choice("preset", preset, PRESETS)
+    cells = PRESETS[preset]
+    first = next(iter(cells))
+    task = task or first[0]
+    model = model or next((m for t, m in cells if t == task), first[1])
+    if (task, model) not in cells:
+        raise ValueError(f"preset={preset!r} is for {' and '.join('/'.join(c) for c in cells)}, "
+                         f"not for {task}/{model}; try --preset small")
+    return Config(**{"task": task, "model": model, "preset": preset} | cells[task, model] | given)
+
+
+class Prediction(NamedTuple):
+    """Values at the query, (B, M, C), and their standard deviation; None where deterministic."""
+
+    mean: Tensor
+    std: Tensor | None
+
+
+# ------------------------------------------------------------------------- geometry and rays
+
+
+def pixel_grid(height: int, width: int, device=None) -> Tensor:
+    """Coordinates of all pixel centres of an image, row by row, (H W, 2) in (-1, 1) ([1] Sec. 4)."""
+    rows = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
+    cols = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
+
+
+def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rays through the pixel centres of pinhole cameras.
+
+    poses (..., 3, 4) camera-to-world, OpenGL axes; focals (..., 2) in pixels, (x, y).
+    Returns origins and directions, (..., H, W, 3); a direction has depth 1 along the camera's
+    axis and is not normalised, so that z_vals are depths.
+    """
+    x = torch.arange(width, device=poses.device) + 0.5 - width / 2
+    y = torch.arange(height, device=poses.device) + 0.5 - height / 2
+    fx, fy = focals[..., 0, None, None], focals[..., 1, None, None]
+    x, y = torch.broadcast_tensors(x / fx, -y[:, None] / fy)  # (..., H, W): x right, y up
+    d = torch.stack((x, y, -torch.ones_like(x)), -1)
+    d = torch.einsum("...hwc,...rc->...hwr", d, poses[..., :3])
+    return poses[..., None, None, :, 3].expand_as(d), d
+
+
+def look_at(eye: Tensor) -> Tensor:
+    """Pose (3, 4) of a camera at eye (3,) that looks at the origin, world up = z."""
+    back = F.normalize(eye, dim=0)
+    right = F.normalize(torch.linalg.cross(eye.new_tensor([0.0, 0.0, 1.0]), back), dim=0)
+    return torch.stack((right, torch.linalg.cross(back, right), back, eye), 1)
+
+
+def opencv_to_opengl(poses: Tensor) -> Tensor:
+    """Camera-to-world poses (..., 3, 4) of OpenCV or COLMAP (y down, z forward) in our convention."""
+    return poses * poses.new_tensor([1, -1, -1, 1])
+
+
+def sample_depths(rays_o, rays_d, near, far, points: int, jitter=None, radius: float = 0.0) -> Tensor:
+    """Depths of the points on every ray, (B, R, P), evenly spaced from near to far ([1] Sec. 4.2).
+
+    near, far: numbers or (B,). jitter (B, R, 1) in [0, 1): shifts each ray's points by this part of
+    their spacing. radius > 0 spends the points inside that sphere around the origin only
+    (deviates: [1] samples all of [near, far]); a ray that misses it gets `points` equal depths.
+    """
+    near, far = (torch.as_tensor(v, dtype=rays_o.dtype, device=rays_o.device).reshape(-1, 1, 1)
+                 for v in (near, far))
+    if radius:
+        a = rays_d.square().sum(-1, keepdim=True)  # |o + t d|^2 = radius^2
+        middle = -(rays_o * rays_d).sum(-1, keepdim=True) / a  # (B, R, 1)
+        inside = (radius**2 - (rays_o + middle * rays_d).square().sum(-1, keepdim=True)) / a
+        half = inside.clamp(min=0).sqrt()
+        near = torch.minimum(torch.maximum(near, middle - half), far)
+        far = torch.maximum(torch.minimum(far, middle + half), near)
+    steps = torch.arange(points, dtype=rays_o.dtype, device=rays_o.device) / (points - 1)
+    z_vals = near + (far - near) * steps
+    if jitter is not None:
+        z_vals = z_vals + jitter * (far - near) / (points - 1)
+    return z_vals.expand(*rays_o.shape[:2], points)
+
+
+# ------------------------------------------------------------------------- volume renderer
+
+
+def volume_render(rgb, sigma, z_vals, background=1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Emission-absorption rendering ([1] Sec. 4.2): color, depth and opacity of every ray.
+
+    rgb (B, R, P, 3), sigma (B, R, P) >= 0, z_vals (B, R, P); background: number or (3,).
+    Returns (B, R, 3), (B, R), (B, R). The transmittance is exp of a shifted cumulative sum: equal
+    to the product of (1 - alpha), with finite gradients behind an opaque point. Always fp32.
+    """
+    rgb, sigma = rgb.float() if rgb.dtype != torch.float64 else rgb, sigma.to(z_vals.dtype)
+    delta = F.pad(z_vals[..., 1:] - z_vals[..., :-1], (0, 1), value=1e-3)
+    tau = sigma * delta
+    before = F.pad(tau, (1, 0))[..., :-1].cumsum(-1)  # optical depth in front of a point
+    weights = torch.exp(-before) * (1 - torch.exp(-tau))  # (B, R, P)
+    opacity = weights.sum(-1)
+    color = (weights.unsqueeze(-1) * rgb).sum(-2) + (1 - opacity).unsqueeze(-1) * background
+    return color, (weights * z_vals).sum(-1), opacity
+
+
+# ------------------------------------------------------------------------- Transformer
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them."""
+    layers = [nn.Linear(widths[0], widths[1])]
+    for a, b in zip(widths[1:], widths[2:]):
+        layers += [nn.ReLU(), nn.Linear(a, b)]
+    return nn.Sequential(*layers)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head attention of queries (B, M, E) over keys and values (B, T, E): (B, M, E)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, ., E/h)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block, no bias in Q, K, V ([1] Sec. 3.2, [2] Sec. 3.2)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        width = cfg.heads * cfg.head_dim
+        self.heads = cfg.heads
+        self.norm1 = nn.LayerNorm(cfg.dim)
+        self.qkv = nn.Linear(cfg.dim, 3 * width, bias=False)
+        self.out = nn.Linear(width, cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim)
+        self.ff1 = nn.Linear(cfg.dim, cfg.ff_dim)
+        self.ff2 = nn.Linear(cfg.ff_dim, cfg.dim)
+
+    def forward(self, x):  # (B, T, D)
+        x = x + self.out(attend(*self.qkv(self.norm1(x)).chunk(3, -1), self.heads))
+        return x + self.ff2(F.gelu(self.ff1(self.norm2(x))))
+
+
+class CrossBlock(nn.Module):
+    """Post-norm block in which target features read the context tokens ([2] Sec. 3.3)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.heads = cfg.cross_heads
+        self.q = nn.Linear(cfg.dim, cfg.dim)
+        self.kv = nn.Linear(cfg.dim, 2 * cfg.dim)
+        self.out = nn.Linear(cfg.dim, cfg.dim)
+        self.norm1 = nn.LayerNorm(cfg.dim)
+        self.ff = mlp(cfg.dim, cfg.cross_ff, cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim)
+
+    def forward(self, f, e, tokens):  # features and embedded coordinates (B, K, D), (B, T, D)
+        f = self.norm1(f + self.out(attend(self.q(f + e), *self.kv(tokens).chunk(2, -1), self.heads)))
+        return self.norm2(f + self.ff(f))
+
+
+# ------------------------------------------------------------------------- tokenizers
+
+
+class PatchTokenizer(nn.Module):
+    """Image (B, C, H, W) -> tokens (B, T, D): non-overlapping patches and a linear map ([1] Sec. 4).
+
+    tokens: how many patches there are where they get a learned position each; 0: positions are in
+    the channels (rays). merge > 1: a strided projection joins merge x merge patches ([2] Sec. 3.2).
+    """
+
+    def __init__(self, channels: int, cfg: Config, tokens: int = 0):
+        super().__init__()
+        self.patch, self.padding = cfg.patch, cfg.padding
+        self.proj = nn.Linear(channels * cfg.patch**2, cfg.dim)
+        self.merge = nn.Conv2d(cfg.dim, cfg.dim, cfg.merge, cfg.merge) if cfg.merge > 1 else None
+        self.pos = nn.Parameter(torch.randn(tokens, cfg.dim)) if tokens else None
+
+    def forward(self, image):
+        height, width = (n + 2 * self.padding for n in image.shape[-2:])
+        patches = F.unfold(image, self.patch, padding=self.padding, stride=self.patch)
+        x = self.proj(patches.transpose(1, 2))  # (B, T, D)
+        if self.merge is not None:
+            grid = F.gelu(x).transpose(1, 2).unflatten(2, (height // self.patch, width // self.patch))
+            x = self.merge(grid).flatten(2).transpose(1, 2)
+        return x if self.pos is None else x + self.pos
+
+
+class SetTokenizer(nn.Module):
+    """Points {(x, y)} (B, N, 1) -> tokens (B, T, D), T independent of N ([2] Sec. 3.2).
+
+    A set convolution onto a regular grid with a density channel, at several learned scales, then
+    strided convolutions (our reading: the 1D code of [2] is not public). mask (B, N): 1 = present.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        grid = torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)
+        self.register_buffer("points", grid, persistent=False)  # (G,)
+        spacing = 2 * cfg.grid_range / (cfg.grid - 1)
+        self.log_scale = nn.Parameter((spacing * 2.0 ** torch.arange(cfg.grid_scales)).log())
+        width = cfg.dim // 2
+        self.conv1 = nn.Conv1d(2 * cfg.grid_scales, width, 5, padding=2)
+        self.conv2 = nn.Conv1d(width, cfg.dim, cfg.stride + 1, cfg.stride, padding=cfg.stride // 2)
+        self.pos = nn.Parameter(torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
+
+    def set_conv(self, x, y, mask=None):
+        """Kernel regression of the set on the grid: (B, 2 S, G), S scales of signal and density."""
+        distance = (x - self.points) / self.log_scale.exp()[:, None, None, None]  # (S, B, N, G)
+        weights = torch.exp(-0.5 * distance.square())
+        if mask is not None:
+            weights = weights * mask.to(weights.dtype).unsqueeze(-1)
+        density = weights.sum(-2)  # (S, B, G)
+        signal = (weights * y).sum(-2) / (density + 1e-4)
+        return torch.cat((signal, density.log1p())).transpose(0, 1)
+
+    def forward(self, x, y, mask=None):
+        grid = self.conv2(F.gelu(self.conv1(self.set_conv(x, y, mask))))  # (B, D, T)
+        return grid.transpose(1, 2) + self.pos
+
+
+class Tokenizer(nn.Module):
+    """A task's context -> tokens (B, T, D)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        if cfg.task == "gp":
+            self.set = SetTokenizer(cfg)
+        elif cfg.task == "nvs":
+            self.patches = PatchTokenizer(9, cfg)
+        else:
+            side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
+            self.patches = PatchTokenizer(4 if cfg.masked else 3, cfg, side**2)
+
+    def forward(self, context: dict) -> Tensor:
+        if self.cfg.task == "gp":
+            return self.set(context["x"], context["y"], context.get("mask"))
+        if self.cfg.task == "nvs":
+            return self.views(context["images"], context["poses"], context["focals"])
+        image, mask = context["image"], context.get("mask")
+        size = self.cfg.image_size
+        if tuple(image.shape[-2:]) != (size, size):
+            raise ValueError(f"image of {tuple(image.shape[-2:])} pixels, but this model reads "
+                             f"{size} x {size}: resize it")
+        if self.cfg.masked:
+            mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
+            image = torch.cat((image * mask, mask), 1)
+        elif mask is not None:
+            raise ValueError("this model reads whole images only: train one with --context")
+        return self.patches(image)
+
+    def views(self, images, poses, focals):  # (B, V, 3, H, W), (B, V, 3, 4), (B, V, 2)
+        rays = torch.cat(camera_rays(poses, focals, *images.shape[-2:]), -1)  # (B, V, H, W, 6)
+        pixels = torch.cat((images, rays.movedim(-1, 2).to(images.dtype)), 2).flatten(0, 1)
+        return self.patches(pixels).unflatten(0, images.shape[:2]).flatten(1, 2)  # (B, V T, D)
+
+
+# ------------------------------------------------------------------------- fields and queries
+
+
+def frequencies(dim: int, n: int, top: float | None = None) -> Tensor:
+    """The papers' n frequencies (n,) for coordinates of this dimension, in fp32.
+
+    Images: exp(linspace(0, ln top)), top 1024. Scenes and curves: 2^linspace(0, log2 top),
+    top 256 ([1] Sec. 4, [2] Sec. 4; curves: our choice).
+    """
+    if dim == 2:
+        return torch.exp(torch.linspace(0, math.log(top or 1024), n))
+    return 2 ** torch.linspace(0, math.log2(top or 256), n)
+
+
+def positional_encoding(x: Tensor, freqs: Tensor) -> Tensor:
+    """(..., C) -> (..., 2 C F): axis-major, then frequency; all cosines before all sines.
+
+    In images (C = 2) the angle is pi w x, else w x; in this order, as fp32 rounding shows at 1024.
+    """
+    angles = (x.unsqueeze(-1) * freqs).flatten(-2)
+    angles = math.pi * angles if x.shape[-1] == 2 else angles
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def query_points(cfg: Config, query: dict) -> tuple[Tensor, Tensor | None]:
+    """Where the field is to be evaluated: (B, K, C), and for rays their z_vals (B, R, P)."""
+    if cfg.task != "nvs":
+        return query["coords" if cfg.task == "image" else "x"], None
+    z_vals = sample_depths(query["rays_o"], query["rays_d"], query.get("near", cfg.near),
+                           query.get("far", cfg.far),
+                           int(query.get("points_per_ray", cfg.points_per_ray)),
+                           query.get("jitter"), cfg.radius)
+    points = query["rays_o"].unsqueeze(2) + query["rays_d"].unsqueeze(2) * z_vals.unsqueeze(3)
+    return points.flatten(1, 2), z_vals  # K = R P
+
+
+def observations(cfg: Config, context: dict, every: int = 1):
+    """What a context holds, as a supervised query: query, values (B, M, C), weight (B, M).
+
+    every > 1 thins images and views out to one pixel in every x every, the middle one.
+    """
+    if cfg.task == "gp":
+        x, mask = context["x"], context.get("mask")
+        return {"x": x}, context["y"], x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+    middle = slice(every // 2, None, every)
+    if cfg.task == "nvs":
+        images = context["images"]
+        rays = camera_rays(context["poses"], context["focals"], *images.shape[-2:])
+        o, d = (r[:, :, middle, middle].flatten(1, 3) for r in rays)  # (B, V H W, 3)
+        values = images[..., middle, middle].movedim(2, -1).flatten(1, 3)
+        return {"rays_o": o, "rays_d": d}, values, torch.ones_like(o[..., 0])
+    image, mask = context["image"], context.get("mask")
+    size = image.shape[-2:]
+    grid = pixel_grid(*size, image.device).to(image.dtype).unflatten(0, size)
+    coords = grid[middle, middle].flatten(0, 1).expand(len(image), -1, -1)
+    mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
+    values = image[..., middle, middle].flatten(2).transpose(1, 2)
+    return {"coords": coords}, values, mask[:, 0, middle, middle].flatten(1)
+
+
+def radiance(cfg: Config, raw: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The field's raw values (..., 4) at points (..., 3) -> rgb in [0, 1] and density >= 0.
+
+    Columns of unit norm cannot reach the density of an opaque surface, so our presets scale the
+    raw density (deviates: the papers take its ReLU).
+    """
+    rgb = torch.sigmoid(cfg.color_gain * raw[..., :3])
+    sigma = raw[..., 3]
+    sigma = F.softplus(cfg.density_gain * (sigma - 0.1)) if cfg.density_gain else sigma.relu()
+    if cfg.radius:
+        sigma = sigma * (points.square().sum(-1) <= cfg.radius**2 * 1.0001)
+    return rgb, sigma
+
+
+def render_field(cfg: Config, raw: Tensor, points: Tensor, z_vals: Tensor, background=1.0):
+    """Color, depth and opacity of rays from the field's raw values at their points (B, R P, .)."""
+    rgb, sigma = radiance(cfg, raw, points)
+    shape = z_vals.shape
+    return volume_render(rgb.unflatten(1, shape[1:]), sigma.unflatten(1, shape[1:]), z_vals, background)
+
+
+def readout(cfg: Config, raw: Tensor, points: Tensor, z_vals: Tensor | None) -> Prediction:
+    """The field's raw values at the query's points -> the task's prediction (B, M, C)."""
+    if z_vals is not None:
+        return Prediction(render_field(cfg, raw, points, z_vals)[0], None)
+    n = VALUE_DIM[cfg.task]
+    if raw.shape[-1] == n:
+        return Prediction(raw, None)
+    return Prediction(raw[..., :n], cfg.min_std + F.softplus(raw[..., n:]))
+
+
+# ------------------------------------------------------------------------- TransINR
+
+
+def inr(code: dict[str, Tensor], x: Tensor, freqs: Tensor | None = None) -> Tensor:
+    """Evaluate the INRs that `code` holds: a ReLU MLP per signal on encoded coordinates.
+
+    code {layer: (B, in + 1, out)}, the bias in the last row, layers in order; x (B, M, C), or
+    (1, M, C) shared by the batch; freqs (F,) default to the papers' for C coordinates.
+    Returns (B, M, out): for C = 2 the RGB value (0.5 is added, [1] Sec. 4.1), else raw values.
+    """
+    layers = list(code.values())
+    dim, rows = x.shape[-1], layers[0].shape[1] - 1
+    if freqs is None:
+        freqs = frequencies(dim, rows // (2 * dim)).to(x)
+    h = positional_encoding(x, freqs)
+    if h.shape[-1] != rows:
+        raise ValueError(f"{dim} coordinates x {len(freqs)} frequencies give {h.shape[-1]} inputs, "
+                         f"the first layer has {rows}: pass the model's `freqs`")
+    h = h.expand(layers[0].shape[0], -1, -1)
+    for i, wb in enumerate(layers):
+        h = torch.baddbmm(wb[:, -1:], h if i == 0 else h.relu_(), wb[:, :-1])  # x W + b
+    return h + 0.5 if dim == 2 else h
+
+
+def inr_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
+    """The INR's layers: name -> (in, out)."""
+    widths = [2 * COORD_DIM[cfg.task] * cfg.freqs] + [cfg.inr_width] * (cfg.inr_depth - 1)
+    names = [f"wb{i}" for i in range(cfg.inr_depth)]
+    if cfg.task == "nvs":
+        names[-1] = "rgb_density_fc"
+    return dict(zip(names, zip(widths, widths[1:] + [cfg.out_dim])))
+
+
+class TransINR(nn.Module):
+    """A Transformer reads data tokens and learned weight tokens, and writes an MLP ([1] Sec. 3)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.shapes = inr_shapes(cfg)
+        self.tokenizer = Tokenizer(cfg)
+        self.n_tokens = [min(cfg.groups, out) for _, out in self.shapes.values()]
+        self.wtokens = nn.Parameter(torch.randn(sum(self.n_tokens), cfg.dim))
+        self.transformer = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, n))
+                                    for name, (n, _) in self.shapes.items()})
+        self.base = nn.ParameterDict({name: torch.empty(n + 1, out)
+                                      for name, (n, out) in self.shapes.items()})
+        for wb in self.base.values():  # a linear layer's usual start, the bias as one more input
+            nn.init.uniform_(wb, -(wb.shape[0] - 1) ** -0.5, (wb.shape[0] - 1) ** -0.5)
+        if cfg.identity_head:
+            for head in self.heads.values():
+                nn.init.normal_(head[1].weight, std=0.1 * cfg.dim**-0.5)
+                nn.init.ones_(head[1].bias)
+        freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def encode(self, context: dict) -> dict[str, Tensor]:
+        """Context -> the INR's weights {layer: (B, in + 1, out)}, the bias in the last row."""
+        data = self.tokenizer(context)  # (B, T, D)
+        tokens = torch.cat((data, self.wtokens.expand(data.shape[0], -1, -1)), 1)
+        tokens = self.transformer(tokens)[:, data.shape[1]:].split(self.n_tokens, 1)
+        return {name: self.write(name, t) for name, t in zip(self.shapes, tokens)}
+
+    def write(self, name: str, tokens: Tensor) -> Tensor:
+        """One layer from its tokens (B, g, D): column c is normalize(W[:, c] x_{c mod g})."""
+        n, out = self.shapes[name]
+        x = self.heads[name](tokens).transpose(1, 2)  # (B, in, g)
+        base, bias = self.base[name][:n], self.base[name][n:]
+        w = F.normalize(base * x.repeat(1, 1, out // x.shape[2]), dim=1)  # (B, in, out)
+        return torch.cat((w, bias.expand(len(w), -1, -1).to(w.dtype)), 1)
+
+    def evaluate(self, code, query, eps=None, z=None):
+        """The field at the query's points: raw (B, K, C), points (B, K, .), z_vals or None."""
+        points, z_vals = query_points(self.cfg, query)
+        return inr(code, points, self.freqs), points, z_vals
+
+    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
+        """Code and query -> values (B, M, C); a TransINR has no latents: eps and z are ignored."""
+        return readout(self.cfg, *self.evaluate(code, query))
+
+
+# ------------------------------------------------------------------------- VNP
+
+
+class ModLinear(nn.Module):
+    """Linear layer modulated by a style and demodulated: StyleGAN2's 1 x 1 ([2] Sec. 3.3)."""
+
+    def __init__(self, n_in: int, n_out: int, style: int, active: bool, scale: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in) * scale)
+        self.modulation = nn.Linear(style, n_in)
+        nn.init.normal_(self.modulation.weight)
+        nn.init.ones_(self.modulation.bias)
+        self.bias = nn.Parameter(torch.zeros(n_out)) if active else None
+
+    def forward(self, x, style):  # (B, K, in), (B, 1, style)
+        m = self.modulation
+        s = F.linear(style, m.weight * m.in_features**-0.5, m.bias)  # (B, 1, in)
+        w = self.weight * s * self.weight.shape[1] ** -0.5  # (B, out, in)
+        w = w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-8)
+        if self.bias is None:
+            return torch.bmm(x, w.transpose(1, 2))
+        x = torch.baddbmm(self.bias.expand(len(w), 1, -1), x, w.transpose(1, 2))
+        return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution of a latent, both (B, 1, Z)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def kl_divergence(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) summed over the latent's dimensions, (B,)."""
+    ratio = (q.std / p.std).square()
+    shift = ((q.mean - p.mean) / p.std).square()
+    return 0.5 * (ratio + shift - 1 - ratio.log()).sum((1, 2))
+
+
+class LatentBlock(nn.Module):
+    """One modulated MLP block with its own global latent ([2] Sec. 3.3)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hid, seen = cfg.hidden, min(VALUE_DIM[cfg.task], 3)  # a density is seen only as color
+        self.value = mlp(cfg.dim, hid, hid, VALUE_DIM[cfg.task])
+        self.prior_in, self.prior_out = mlp(seen, hid, hid), mlp(hid, hid, 2 * cfg.latent)
+        self.post_in, self.post_out = mlp(2 * seen, hid, hid), mlp(hid, hid, 2 * cfg.latent)
+        self.style = mlp(cfg.latent, hid, hid)
+        self.unmod = mlp(2 * cfg.dim, hid, cfg.dim)
+        self.mod1 = ModLinear(cfg.dim, hid, hid, active=True)
+        self.mod2 = ModLinear(hid, cfg.dim, hid, active=False, scale=6**-0.5)
+
+    def forward(self, f, e, z):  # (B, K, D), (B, K, D), (B, 1, Z)
+        style = self.style(z)
+        f = f + self.unmod(torch.cat((e, f), -1))
+        return f + self.mod2(self.mod1(f, style), style)
+
+    def distribution(self, value, target=None, weight=None) -> Gaussian:
+        """Prior from values (B, M, C), or posterior from them and the true ones, in fp32.
+
+        weight (B, M, 1): which of the set take part in its mean; an empty set has mean 0.
+        """
+        x = value if target is None else torch.cat((value, target), -1)
+        h = self.prior_in(x) if target is None else self.post_in(x)
+        if weight is None:
+            h = h.mean(1, keepdim=True)
+        else:
+            h = (h * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        mean, s = (self.prior_out if target is None else self.post_out)(h).float().chunk(2, -1)
+        return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
+
+
+class VNP(nn.Module):
+    """Bottleneck encoder and hierarchical latent modulated decoder ([2] Sec. 3)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = Tokenizer(cfg)
+        self.transformer = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
+        self.embed = mlp(2 * COORD_DIM[cfg.task] * cfg.freqs, cfg.dim, cfg.dim)
+        self.cross = nn.ModuleList(CrossBlock(cfg) for _ in range(cfg.cross_depth))
+        self.enhance = mlp(cfg.dim, cfg.dim, cfg.dim)
+        self.blocks = nn.ModuleList(LatentBlock(cfg) for _ in range(cfg.blocks))
+        self.head = mlp(cfg.dim, cfg.dim, cfg.out_dim)
+        freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def encode(self, context: dict) -> dict[str, Tensor]:
+        """Context -> tokens (B, T, D) and, where the prior is pooled over it, its own positions."""
+        code = {"tokens": self.transformer(self.tokenizer(context))}
+        if self.cfg.latent_pool == "context":
+            query, _, weight = observations(self.cfg, context, every=self.cfg.patch)
+            code |= {"pool_" + k: v for k, v in query.items()} | {"pool_weight": weight}
+        return code
+
+    def latents(self, code: dict, query: dict, eps=None, target=None) -> tuple[Tensor, Tensor]:
+        """Draw the L latents once: z (L, B, 1, Z), and the KL divergence summed over them, (B,).
+
+        From the prior, with KL 0, or from the posterior where `target` values (B, M, C) are given.
+        eps (L, B, 1, Z): unit Gaussian noise, None: the mean.
+        """
+        return self.walk(code, query, eps, target)[:2]
+
+    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
+        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives."""
+        return readout(self.cfg, *self.evaluate(code, query, eps, z))
+
+    def evaluate(self, code, query, eps=None, z=None):
+        """The field at the query's points: raw (B, K, C), points (B, K, .), z_vals or None."""
+        if z is None:
+            z, _ = self.latents(code, query, eps)
+        state = self.features(code["tokens"], query)
+        for block, zl in zip(self.blocks, z):
+            state = state._replace(f=block(state.f, state.e, zl))
+        return self.head(state.f), state.points, state.z_vals
+
+    def elbo(self, code: dict, query: dict, target: Tensor, eps: Tensor) -> tuple[Prediction, Tensor]:
+        """Prediction under the posterior, and its KL divergence (B,): both terms of the ELBO."""
+        _, kl, state = self.walk(code, query, eps, target)
+        return readout(self.cfg, self.head(state.f), state.points, state.z_vals), kl
+
+    def features(self, tokens, query) -> "Features":
+        """Embed the query's points and let them read the tokens."""
+        points, z_vals = query_points(self.cfg, query)
+        e = self.embed(positional_encoding(points, self.freqs)).expand(len(tokens), -1, -1)
+        f = torch.zeros_like(e)
+        for block in self.cross:
+            f = block(f, e, tokens)
+        return Features(self.enhance(f), e, points, z_vals)
+
+    def walk(self, code, query, eps=None, target=None):
+        """Go through the blocks and draw each latent: z, KL and the query's last features.
+
+        The prior walks over the context (or the query), the posterior over the targets; both
+        walks go on with the latent that was drawn.
+        """
+        walks = []  # [(features, weight)]: the prior's, and the posterior's if it is another
+        if self.cfg.latent_pool == "context":
+            pool = {k[5:]: v for k, v in code.items() if k.startswith("pool_")}
+            weight = pool.pop("weight")
+            walks.append((self.features(code["tokens"], pool), weight.unsqueeze(-1)))
+        if target is not None or not walks:
+            walks.append((self.features(code["tokens"], query), None))
+        zs, kl = [], torch.zeros(len(code["tokens"]), device=code["tokens"].device)
+        for i, block in enumerate(self.blocks):
+            values = [readout(self.cfg, block.value(s.f), s.points, s.z_vals).mean for s, _ in walks]
+            latent = prior = block.distribution(values[0], weight=walks[0][1])
+            if target is not None:
+                latent = block.distribution(values[-1], target)
+                kl = kl + kl_divergence(latent, prior)
+            zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
+            walks = [(s._replace(f=block(s.f, s.e, zs[-1])), weight) for s, weight in walks]
+        return torch.stack(zs), kl, walks[-1][0]
+
+
+class Features(NamedTuple):
+    """Features and embedding (B, K, D) of the query's points (B, K, .) and their z_vals."""
+
+    f: Tensor
+    e: Tensor
+    points: Tensor
+    z_vals: Tensor | None
+
+
+def build(cfg: Config) -> nn.Module:
+    """The model that a config describes, with fresh weights from the global generator."""
+    return (TransINR if cfg.model == "transinr" else VNP)(cfg)
+
+
+# ------------------------------------------------------------------------- data: files and images
+
+
+class Tree:
+    """The files of a folder or of a zip, by sorted relative names; a zip is read in place."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.zip = None
+            files = (p for p in self.path.rglob("*") if p.is_file())
+            self.names = sorted(p.relative_to(self.path).as_posix() for p in files)
+        elif zipfile.is_zipfile(self.path):
+            self.zip = zipfile.ZipFile(self.path)
+            self.names = sorted(n for n in self.zip.namelist() if not n.endswith("/"))
+        else:
+            raise ValueError(f"{path}: no such folder or zip; --data takes one of them")
+        self.known = set(self.names)
+        self.folders = {n.split("/")[0] for n in self.names if "/" in n}
+
+    def read(self, name: str) -> bytes:
+        return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def decode_image(data: bytes, size: int, least: int = 1, crop: bool = True) -> np.ndarray:
+    """Encoded picture -> (H, W, 3) uint8, upright, transparency on white, 16 bits as 8.
+
+    The shorter side becomes `size`, and the centre is cropped to a square. Errors: ValueError for
+    fewer than `least` pixels a side, and what pillow raises.
+    """
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype("u1"))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    if min(picture.size) < least:
+        raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels are fewer than the {least} x "
+                         f"{least} patches that the model reads; give a larger picture")
+    width, height = (max(size, round(n * size / min(picture.size))) for n in picture.size)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    if crop:
+        x, y = (width - size) // 2, (height - size) // 2
+        picture = picture.crop((x, y, x + size, y + size))
+    return np.array(picture)
+
+
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile,
+          Image.DecompressionBombError)  # what a broken file can raise
+
+
+def read_all(names: list[str], read, what: str) -> list:
+    """read(name) for all names, in threads; a string result is the reason why one is left out."""
+    with ThreadPoolExecutor() as pool, click.progressbar(
+            pool.map(read, names), len(names), f"reading {len(names)} {what}") as results:
+        items = list(results)
+    broken = [item for item in items if isinstance(item, str)]
+    for reason in broken[:10]:
+        click.echo(f"left out: {reason}")
+    if len(broken) == len(items):
+        raise ValueError(f"none of {len(names)} {what} could be read; the first: {broken[0]}")
+    if broken:
+        click.echo(f"{len(broken)} of {len(names)} {what} are unreadable and left out")
+    return [item for item in items if not isinstance(item, str)]
+
+
+def draws(n: int, batch: int, seed: int, step: int) -> list[int]:
+    """Indices of a step's batch: epoch after epoch, each a permutation given by (seed, epoch)."""
+    first, out = step * batch, []
+    while len(out) < batch:
+        epoch, offset = divmod(first + len(out), n)
+        order = torch.randperm(n, generator=generator(seed, epoch, 1))
+        out += order[offset : offset + batch - len(out)].tolist()
+    return out
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator of its own for every key: a draw depends on (seed, step) and on nothing else."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+class ImageData(torch.utils.data.Dataset):
+    """Pictures as signals: the context is a picture (or some of its pixels), the target its pixels.
+
+    Recognises CelebA (`img_align_celeba/`, official split by id), trees with `train/` and `test/`
+    or `val/`, and any other tree of pictures (a tenth of the names, by their crc32, is for test).
+    Pictures are decoded once and kept as uint8, or read by workers where they don't fit in memory.
+    """
+
+    def __init__(self, cfg, path=None, split="train", limit=0):
+        self.cfg, self.crop = cfg, cfg.random_crop and split == "train"
+        self.tree = Tree(path or DATA / "emoji64.zip")
+        self.names = self.select(split)[: limit or None]
+        if not self.names:
+            raise ValueError(f"{self.tree.path}: no pictures ({' '.join(IMAGE_SUFFIXES)}) for the "
+                             f"{split} split; give a folder or zip with at least two")
+        size = len(self.names) * 3 * cfg.image_size**2 * (1.5 if self.crop else 1)
+        self.pixels, self.side = None, (cfg.image_size, cfg.image_size)
+        if size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            items = read_all(self.names, self.read, "pictures")
+            self.pixels = items if self.crop else torch.stack(items)  # (n, 3, S, S)
+
+    def select(self, split):
+        names = [n for n in self.tree.names if n.lower().endswith(IMAGE_SUFFIXES)]
+        celeba = [n for n in names if "img_align_celeba/" in n]
+        if celeba:
+            first, last = {"train": (1, 162770), "val": (162771, 182637)}.get(split, (182638, 202599))
+            return [n for n in celeba if first <= int(Path(n).stem) <= last]
+        if "train" in self.tree.folders:
+            held_out = next((f for f in (split, "test", "val") if f in self.tree.folders), split)
+            return [n for n in names if n.startswith(held_out + "/")]
+        order = sorted(names, key=lambda n: zlib.crc32(n.encode()))
+        tenth = -(-len(order) // 10)
+        return sorted(order[tenth:] if split == "train" else order[:tenth])
+
+    def read(self, name):  # -> (3, H, W) uint8, or why it can't be read
+        size = self.cfg.image_size
+        try:
+            pixels = decode_image(self.tree.read(name), size, size // self.cfg.patch, not self.crop)
+        except BROKEN as e:
+            return f"{name} ({e})"
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def __len__(self):
+        return len(self.names if self.pixels is None else self.pixels)
+
+    def __getitem__(self, key):  # (index, seed of the crop) -> (3, S, S) uint8
+        i, seed = key
+        image = self.read(self.names[i]) if self.pixels is None else self.pixels[i]
+        if isinstance(image, str):
+            raise ValueError(f"{image}: remove it from the set")
+        if self.crop:
+            side, gen = self.cfg.image_size, generator(seed, i, 2)
+            y, x = (int(torch.randint(n - side + 1, (), generator=gen)) for n in image.shape[1:])
+            image = image[:, y : y + side, x : x + side]
+        return image
+
+    def pictures(self, start=0):
+        """Endless batches of pictures (B, 3, S, S) uint8, from this step on."""
+        cfg, n = self.cfg, len(self)
+        keys = ([(i, step) for i in draws(n, cfg.batch_size, cfg.seed, step)]
+                for step in itertools.count(start))
+        if self.pixels is None:
+            yield from torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=os.cpu_count())
+        for key in keys:
+            yield torch.stack([self[k] for k in key])
+
+    def batches(self, device, start=0):
+        """Endless training batches (context, query, target) from this step on."""
+        cfg = self.cfg
+        grid = pixel_grid(cfg.image_size, cfg.image_size, device)  # (H W, 2)
+        for step, image in enumerate(self.pictures(start), start):
+            gen = generator(cfg.seed, step, 3)
+            image = image.to(device, non_blocking=True).float() / 255
+            if cfg.flip:
+                flip = torch.rand(len(image), 1, 1, 1, generator=gen).to(device) < 0.5
+                image = torch.where(flip, image.flip(-1), image)
+            pixels = torch.randperm(len(grid), generator=gen)[: cfg.queries or None].to(device)
+            target = image.flatten(2)[..., pixels].transpose(1, 2)  # (B, M, 3)
+            yield self.context(image, gen), {"coords": grid[pixels][None]}, target
+
+    def context(self, image, gen, fraction=None):
+        """The picture, with a mask of the seen pixels where the model reads parts of pictures."""
+        if not self.cfg.masked:
+            return {"image": image}
+        low, high = (fraction, fraction) if fraction else self.cfg.context
+        fraction = low + (high - low) * torch.rand(len(image), 1, 1, 1, generator=gen)
+        mask = torch.rand(image[:, :1].shape, generator=gen) < fraction
+        return {"image": image, "mask": mask.to(image)}
+
+    def tests(self, device, only=None, batch=32):
+        """Pictures in order, all or `only` some: (context, query, target (B, 1, H W, 3), label)."""
+        only = only or range(len(self))
+        grid = pixel_grid(*self.side, device)[None]
+        for fraction in ((0.1, 0.3, 0.5, 1.0) if self.cfg.masked else (1.0,)):
+            for i in range(0, len(only), batch):
+                image = torch.stack([self[k, 0] for k in only[i : i + batch]]).to(device).float() / 255
+                yield (self.context(image, generator(0, i), fraction), {"coords": grid},
+                       image.flatten(2).transpose(1, 2).unsqueeze(1), f"{fraction:.0%} seen")
+
+
+# ------------------------------------------------------------------------- data: scenes
+
+
+def read_scene(tree: Tree, folder: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One `transforms.json` scene: images (V, 3, H, W) uint8, poses (V, 3, 4), focals (V, 2).
+
+    Pictures are put on white and resized so that the shorter side has `size` pixels. Errors:
+    ValueError naming file and remedy.
+    """
+    name = f"{folder}/transforms.json" if folder else "transforms.json"
+    try:
+        meta = json.loads(tree.read(name))
+        angle, frames = float(meta["camera_angle_x"]), meta["frames"]
+        poses = torch.tensor([f["transform_matrix"] for f in frames], dtype=torch.float64)[:, :3, :4]
+        files = [str(f["file_path"]) for f in frames]
+    except (KeyError, TypeError, ValueError, IndexError, OSError) as e:
+        raise ValueError(f"{name}: malformed ({e!r}); it needs camera_angle_x (rad) and frames of "
+                         "file_path and transform_matrix (4 x 4, camera-to-world)") from e
+    if poses.shape != (len(files), 3, 4) or not files or not 0 < angle < math.pi:
+        raise ValueError(f"{name}: {len(files)} frames, poses {tuple(poses.shape)}, camera_angle_x="
+                         f"{angle:g}; it needs a 4 x 4 matrix a frame and an angle in (0, pi)")
+    r = poses[..., :3]
+    off = (r @ r.mT - torch.eye(3, dtype=r.dtype)).abs().amax((1, 2)) + (r.det() - 1).abs()
+    if not bool((off < 1e-3).all()):
+        raise ValueError(f"{name}: the pose of frame {int((~(off < 1e-3)).nonzero()[0])} is not a "
+                         "rotation; remove scale and reflection from transform_matrix")
+    images = []
+    for file in files:
+        path = posixpath.normpath(posixpath.join(folder, file))
+        path = next((p for p in (path, *(path + s for s in IMAGE_SUFFIXES)) if p in tree.known), None)
+        if path is None:
+            raise ValueError(f"{name}: picture {file} is named there but absent; restore it or "
+                             "remove its frame")
+        images.append(decode_image(tree.read(path), size, crop=False))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{path}: {images[-1].shape[:2]} pixels, the scene's first view has "
+                             f"{images[0].shape[:2]}; all views of a scene must be of one size")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    focal = 0.5 * images.shape[-1] / math.tan(0.5 * angle)  # in pixels; pixels are square
+    return images, poses.float(), torch.full((len(files), 2), focal)
+
+
+class SceneData:
+    """Objects seen from many posed views: context and targets are views of the same object.
+
+    Reads the ShapeNet renders of both papers (`<class>/<id>/transforms.json`, split by
+    `<class singular>_splits.json`) and any other tree of `transforms.json` scenes (a tenth of
+    the folders, by their crc32, is for test). All views are kept in memory as uint8.
+    """
+
+    def __init__(self, cfg, path=None, split="train", limit=0):
+        self.cfg = cfg
+        self.tree = Tree(path or DATA / "furniture64.zip")
+        self.folders = self.select(split)[: limit or None]
+        if not self.folders:
+            raise ValueError(f"{self.tree.path}: no scene (a folder with transforms.json) for the "
+                             f"{split} split")
+        scenes = read_all(self.folders, lambda f: read_scene(self.tree, f, cfg.image_size), "scenes")
+        need = cfg.views + 1
+        for folder, (images, *_) in zip(self.folders, scenes):
+            if len(images) < need:
+                raise ValueError(f"{folder}: {len(images)} views, fewer than the {cfg.views} of --views "
+                                 "and one target")
+            if images.shape[1:] != scenes[0][0].shape[1:]:
+                raise ValueError(f"{folder}: views of {tuple(images.shape[2:])} pixels, other scenes "
+                                 f"have {tuple(scenes[0][0].shape[2:])}; give scenes of one shape")
+        self.counts = [min(len(s[0]), cfg.train_views or len(s[0])) for s in scenes]
+        self.sizes = [len(s[0]) for s in scenes]
+        self.first = list(itertools.accumulate([0] + self.sizes[:-1]))
+        self.images, self.poses, self.focals = (torch.cat(x) for x in zip(*scenes))
+        self.side = tuple(self.images.shape[-2:])
+
+    def __len__(self):
+        return len(self.first)
+
+    def select(self, split):
+        scenes = [posixpath.dirname(n) for n in self.tree.names if n.split("/")[-1] == "transforms.json"]
+        splits = {n: json.loads(self.tree.read(n)) for n in self.tree.names if n.endswith("_splits.json")}
+        if not splits:
+            order = sorted(scenes, key=lambda n: zlib.crc32(n.encode()))
+            tenth = -(-len(order) // 10) if len(order) > 1 else 0
+            return sorted(order[tenth:] if split == "train" else order[:tenth])
+        chosen = {i for s in splits.values() for i in s.get(split, ())}
+        return [s for s in scenes if s.split("/")[-1] in chosen]
+
+    def batches(self, device, start=0):
+        """Endless training batches (context, query, target) from this step on.
+
+        Every object gives `views` context views and one target view, of which `queries` random
+        rays are taken; in the first epoch half of them hit the object, the foreground ([1]).
+        """
+        cfg, n = self.cfg, len(self)
+        for step in itertools.count(start):
+            gen = generator(cfg.seed, step, 3)
+            views = torch.stack([self.first[i] + torch.randperm(self.counts[i], generator=gen)
+                                 [: cfg.views + 1] for i in draws(n, cfg.batch_size, cfg.seed, step)])
+            images = self.images[views].float() / 255  # (B, V + 1, 3, H, W)
+            poses, focals = self.poses[views], self.focals[views]
+            if cfg.augment:
+                images, poses = augment_scenes(images, poses, gen)
+            target = images[:, -1].flatten(2).transpose(1, 2)  # (B, H W, 3)
+            odds = torch.ones(target.shape[:2])
+            if step * cfg.batch_size < n:
+                seen = (target.amin(-1) < 1).float()
+                odds = seen / seen.sum(1, keepdim=True).clamp(min=1) + 1 / seen.shape[1]
+            rays = odds.multinomial(cfg.queries, generator=gen).unsqueeze(-1)  # (B, R, 1)
+            o, d = (r.flatten(1, 2).gather(1, rays.expand(-1, -1, 3))
+                    for r in camera_rays(poses[:, -1], focals[:, -1], *self.side))
+            query = {"rays_o": o, "rays_d": d, "jitter": torch.rand(*rays.shape, generator=gen)}
+            context = {"images": images[:, :-1], "poses": poses[:, :-1], "focals": focals[:, :-1]}
+            target = target.gather(1, rays.expand(-1, -1, 3))
+            yield tuple(to_device(x, device) for x in (context, query, target))
+
+    def tests(self, device, only=None):
+        """Every object's other views from its first ones: (context, query, target, class)."""
+        cfg = self.cfg
+        for i in only or range(len(self)):
+            folder, first, size = self.folders[i], self.first[i], self.sizes[i]
+            seen, rest = slice(first, first + cfg.views), slice(first + cfg.views, first + size)
+            images = self.images[first : first + size].float() / 255
+            o, d = (r.flatten(0, 2)[None] for r in
+                    camera_rays(self.poses[rest], self.focals[rest], *self.side))
+            context = {"images": images[None, : cfg.views], "poses": self.poses[None, seen],
+                       "focals": self.focals[None, seen]}
+            target = images[None, cfg.views :].flatten(3).transpose(2, 3)  # (1, V, H W, 3)
+            yield (*(to_device(x, device) for x in (context, {"rays_o": o, "rays_d": d}, target)),
+                   folder.split("/")[0])
+
+
+def augment_scenes(images, poses, gen):
+    """Turn each scene about its vertical axis, mirror it and permute its colors, at random.
+
+    images (B, V, 3, H, W), poses (B, V, 3, 4), world up = z.
+    """
+    batch = len(images)
+    angle = 2 * math.pi * torch.rand(batch, generator=gen)
+    mirror = 1 - 2 * (torch.rand(batch, generator=gen) < 0.5).float()
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros(batch), torch.ones(batch)
+    turn = torch.stack((c, -s, zero, s, c, zero, zero, zero, one), -1).view(batch, 1, 3, 3)
+    poses = turn @ poses
+    # Mirroring the world in x and the picture left to right leaves a proper camera.
+    flip = torch.stack((mirror, one, one), -1)[:, None, :, None]
+    flip_x = torch.stack((mirror, one, one, one), -1)[:, None, None, :]
+    poses = flip * poses * flip_x
+    images = torch.where(mirror.view(-1, 1, 1, 1, 1) < 0, images.flip(-1), images)
+    order = torch.rand(batch, 3, generator=gen).argsort(-1)
+    return images.gather(2, order.view(batch, 1, 3, 1, 1).expand_as(images)), poses
+
+
+# ------------------------------------------------------------------------- data: curves
+
+NOISE = 0.02  # standard deviation of the noise on a curve
+
+
+def covariance(kernel: str, x1, x2, length, scale, period) -> Tensor:
+    """Kernel matrices (B, N, M) of points (B, N, 1), (B, M, 1); hyperparameters (B, 1, 1)."""
+    d = x1 - x2.transpose(1, 2)
+    if kernel == "rbf":
+        k = torch.exp(-0.5 * (d / length).square())
+    elif kernel == "matern52":
+        d = 5**0.5 * d.abs() / length
+        k = (1 + d + d.square() / 3) * torch.exp(-d)
+    else:
+        k = torch.exp(-2 * (torch.sin(math.pi * d / period) / length).square())
+    return scale.square() * k
+
+
+def draw_curves(kernel: str, batch: int, points: int, gen, noise=NOISE):
+    """GP samples of the protocol that neural processes share: x, y (B, N, 1) and hyperparameters.
+
+    x U[-2, 2]; length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5]; Gaussian noise. In float64.
+    """
+    check_choice("kernel", kernel, KERNELS)
+    u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
+    hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
+    x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
+    k = covariance(kernel, x, x, *hyper) + noise**2 * torch.eye(points, dtype=torch.float64)
+    y = torch.linalg.cholesky(k) @ torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    return x, y, hyper
+
+
+def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE):
+    """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (B, M, 1)."""
+    k = covariance(kernel, x, x, *hyper) + noise**2 * torch.eye(x.shape[1], dtype=x.dtype)
+    cross = covariance(kernel, x, xt, *hyper)  # (B, N, M)
+    factor = torch.linalg.cholesky(k)
+    a = torch.linalg.solve_triangular(factor, cross, upper=False)
+    b = torch.linalg.solve_triangular(factor, y, upper=False)
+    var = hyper[1].square() + noise**2 - a.square().sum(1, keepdim=True).mT
+    return a.mT @ b, var.clamp(min=1e-12).sqrt()
+
+
+class CurveData:
+    """Curves drawn from Gaussian processes: endless for training, a fixed seeded set for tests."""
+
+    def __init__(self, cfg, path=None, split="train", limit=0):
+        self.cfg, self.limit = cfg, limit or 200
+        self.kernels = KERNELS if cfg.kernel == "all" else (cfg.kernel,)
+
+    def __len__(self):
+        return 100_000  # "an epoch": curves are drawn, not stored
+
+    def draw(self, kernel, batch, gen, targets=0):
+        """One batch, 3 to 46 context points and fewer than 50 in all, or `targets` targets."""
+        n = int(torch.randint(3, 47, (), generator=gen))
+        m = targets or int(torch.randint(3, 50 - n, (), generator=gen)) if n < 46 else 3
+        x, y, hyper = draw_curves(kernel, batch, n + m, gen)
+        return x, y, hyper, n
+
+    def batches(self, device, start=0):
+        """Endless training batches (context, query, target) from this step on."""
+        for step in itertools.count(start):
+            gen = generator(self.cfg.seed, step, 3)
+            kernel = self.kernels[step % len(self.kernels)]
+            x, y, _, n = self.draw(kernel, self.cfg.batch_size, gen, self.cfg.queries)
+            x, y = x.float(), y.float()
+            yield tuple(to_device(v, device) for v in
+                        ({"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]))
+
+    def tests(self, device, batch=16):
+        """Seeded sets of every kernel, in float64 for the exact posterior: (x, y, hyper, n, kernel)."""
+        for kernel in KERNELS:
+            for i in range(self.limit):
+                gen = generator(0, i, KERNELS.index(kernel), 4)
+                yield *self.draw(kernel, batch, gen), kernel
+
+
+DATASETS = {"image": ImageData, "nvs": SceneData, "gp": CurveData}
+
+
+def to_device(x, device):
+    """A tensor, or a dict of tensors, on `device`; a copy to a GPU does not wait."""
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    return x.to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------- losses and metrics
+
+
+def psnr(prediction: Tensor, target: Tensor, clamp: bool = True) -> Tensor:
+    """-10 log10(mse) over the last two dimensions, in dB, for values in [0, 1]."""
+    prediction = prediction.clamp(0, 1) if clamp else prediction
+    return -10 * (prediction.float() - target.float()).square().mean((-2, -1)).log10()
+
+
+def log_likelihood(prediction: Prediction, target: Tensor) -> Tensor:
+    """Gaussian log density of every value, of the targets' shape, in fp32."""
+    mean, std = prediction.mean.float(), prediction.std.float()
+    return -0.5 * ((target - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def objective(model, batch, eps=None, beta: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Loss of a batch, and the mean squared error of its prediction (both scalars).
+
+    Deterministic predictions: MSE ([1] Sec. 4). Gaussian: minus log-likelihood per value. VNP adds
+    beta KL(q || p), per value too where Gaussian: the ELBO ([2] Eq. 5).
+    """
+    context, query, target = batch
+    code, kl = model.encode(context), None
+    if model.cfg.model == "vnp":
+        prediction, kl = model.elbo(code, query, target, eps)
+    else:
+        prediction = model.decode(code, query)
+    mse = (prediction.mean.float() - target).square().mean()
+    loss = mse if prediction.std is None else -log_likelihood(prediction, target).mean()
+    if kl is not None:
+        loss = loss + beta * kl.mean() / (1 if prediction.std is None else target[0].numel())
+    return loss, mse
+
+
+def predict(model, code: dict, query: dict, z=None, chunk: int = 1 << 17, decode=None):
+    """model.decode of any number of queries in chunks of about `chunk` points, latents drawn once."""
+    if model.cfg.model == "vnp" and z is None:
+        z = model.latents(code, thin(query, 1024))[0]
+    per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
+    step = max(1, chunk // int(per_query) // len(next(iter(code.values()))))
+    parts = [(decode or model.decode)(code, part, z=z) for part in split_query(query, step)]
+    return type(parts[0])(*(None if p[0] is None else torch.cat(p, 1) for p in zip(*parts)))
+
+
+PER_POINT = ("coords", "x", "rays_o", "rays_d", "jitter")  # entries of a query with one row a target
+
+
+def split_query(query: dict, step: int):
+    """The query in pieces of `step` targets."""
+    for i in range(0, max(query[k].shape[1] for k in PER_POINT if k in query), step):
+        yield {k: v[:, i : i + step] if k in PER_POINT else v for k, v in query.items()}
+
+
+def thin(query: dict, most: int) -> dict:
+    """At most `most` evenly spaced targets of a query."""
+    n = max(query[k].shape[1] for k in PER_POINT if k in query)
+    return {k: v[:, :: -(-n // most)] if k in PER_POINT else v for k, v in query.items()}
+
+
+# ------------------------------------------------------------------------- checkpoints
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A path beside `path` to write to; it takes `path`'s place only if all went well."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path) -> dict:
+    """The dict in a checkpoint file; only tensors and plain types are ever loaded."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint; `train` writes one to runs/<task>-<model>/")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises whatever the bytes provoke
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}); it may be "
+                         "truncated, of another program, or hold pickled objects") from e
+    if not isinstance(ckpt, dict) or "model" not in ckpt:
+        raise ValueError(f"{path}: not a checkpoint of tinyinr, TransINR or VNP")
+    return ckpt
+
+
+OFFICIAL_KEYS = (  # names in the official checkpoints, as patterns, and ours
+    (r"(?:transformer_encoder|self_attn)\.layers\.(\d+)\.", r"transformer.\1."),
+    (r"(transformer\.\d+)\.0\.norm", r"\1.norm1"),
+    (r"(transformer\.\d+)\.1\.norm", r"\1.norm2"),
+    (r"0\.fn\.to_out\.0", "out"), (r"0\.fn\.to_q", "qkv"),
+    (r"1\.fn\.net\.0", "ff1"), (r"1\.fn\.net\.3", "ff2"),
+    (r"tokenizer\.posemb", "tokenizer.patches.pos"), (r"tokenizer\.prefc", "tokenizer.patches.proj"),
+    (r"base_params", "base"), (r"wtoken_postfc", "heads"),
+    (r"cross_attn\.layers\.(\d+)\.", r"cross.\1."), (r"(cross\.\d+)\.0\.out_proj", r"\1.out"),
+    (r"(cross\.\d+)\.0\.in_proj_", r"\1.qkv."), (r"(cross\.\d+)\.1\.", r"\1.norm1."),
+    (r"(cross\.\d+)\.3\.", r"\1.norm2."), (r"2\.net\.0", "ff.0"), (r"2\.net\.3", "ff.2"),
+    (r"cross_attn\.mlp_enhance", "enhance"), (r"embed_input", "embed"), (r"embed_last", "head"),
+    (r"hier_model\.layers", "blocks"), (r"input_mlp", "value"), (r"unmod_mlp", "unmod"),
+    (r"merge_p", "prior_in"), (r"latent_encoder_p", "prior_out"), (r"latent_decoder", "style"),
+    (r"merge_q", "post_in"), (r"latent_encoder_q", "post_out"),
+    (r"mod_conv1\.activate", "mod1"), (r"mod_conv1\.conv", "mod1"), (r"mod_conv2", "mod2"),
+)
+
+
+def from_official(name: str, args: dict, weights: dict[str, Tensor]) -> tuple[Config, dict]:
+    """Config and state dict of the model in an official TransINR or VNP checkpoint."""
+    check_choice("model name", name, ("trans_inr", "versatile_np"))
+    tok = args["tokenizer"]["args"]
+    trunk = args["transformer_encoder" if name == "trans_inr" else "self_attender"]["args"]
+    sizes = dict(preset="official", dim=trunk["dim"], depth=trunk["depth"], heads=trunk["n_head"],
+                 head_dim=trunk["head_dim"], ff_dim=trunk["ff_dim"], image_size=tok["input_size"],
+                 patch=tok["patch_size"], padding=tok.get("padding", 0))
+    if name == "trans_inr":
+        net, image = args["hyponet"]["args"], args["tokenizer"]["name"] == "imgrec_tokenizer"
+        cfg = Config(task="image" if image else "nvs", freqs=net["pe_dim"] // 2,
+                     freq_top=1024.0 if image else 256.0, inr_depth=net["depth"],
+                     inr_width=net["hidden_dim"], groups=args["n_groups"], **sizes)
+    else:
+        cross, hier = args["cross_attender"]["args"], args["hierarchical_model"]["args"]
+        cfg = Config(task="nvs", model="vnp", freqs=args["pe_dim"] // 2, freq_top=256.0,
+                     cross_depth=cross["depth"], cross_heads=cross["n_head"],
+                     cross_ff=cross["ff_dim"], blocks=hier["depth"], hidden=hier["dim_hid"],
+                     latent=hier["dim_lat"], latent_pool="query", **sizes)
+    state = {}
+    for key, value in weights.items():
+        if key.endswith("noise.weight") or ".to_kv." in key:  # never used; joined to to_q below
+            continue
+        if ".to_q." in key:
+            value = torch.cat((value, weights[key.replace("to_q", "to_kv")]))
+        for pattern, ours in OFFICIAL_KEYS:
+            key = re.sub(pattern, ours, key)
+        if re.fullmatch(r"cross\.\d+\.qkv\.\w+", key):
+            state[key.replace("qkv", "q")], value = value[: cfg.dim], value[cfg.dim :]
+            key = key.replace("qkv", "kv")
+        state[key] = value.squeeze(0).flatten(1) if value.dim() == 5 else value  # 1 x 1 convolutions
+    return cfg, state
+
+
+def load(path, device="cpu") -> nn.Module:
+    """Model of a checkpoint, ours or an official TransINR or VNP one, in eval mode on `device`.
+
+    Errors: ValueError with file and reason where it is no such checkpoint. Nothing that the file
+    holds is executed: only tensors and plain types are read.
+    """
+    ckpt = read_checkpoint(path)
+    try:
+        if "config" in ckpt:
+            cfg, state = Config(**ckpt["config"]), ckpt.get("ema") or ckpt["model"]
+        else:
+            cfg, state = from_official(*(ckpt["model"][k] for k in ("name", "args", "sd")))
+        with torch.device("meta"):
+            model = build(cfg)
+        model.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{path}: not a checkpoint of tinyinr, TransINR or VNP ({reason})") from e
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Device:
+    """Every choice that depends on the device; the rest of the file names none."""
+
+    name: str
+    dtype: torch.dtype | None  # of autocast; None: everything in fp32
+    fused: bool  # fused optimiser kernels
+    why: str
+
+    def autocast(self):
+        return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
+
+    def attention(self, tokens: int):
+        """On CPUs the plain matrix products beat the fused kernel at few tokens (measured)."""
+        plain = self.name == "cpu" and tokens < 400
+        return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+
+
+def choose_device(name: str = "auto") -> Device:
+    """The device of that name, or the best there is, with the precision that is fastest on it."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    check_choice("device", name, ("cpu", "cuda", "mps"))
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda', but PyTorch finds no GPU here; use cpu or auto")
+        torch.set_float32_matmul_precision("high")
+        bf16 = torch.cuda.is_bf16_supported()
+        return Device(name, torch.bfloat16 if bf16 else None, True,
+                      "bf16 autocast" if bf16 else "TF32: no bf16 on this GPU")
+    if name == "mps":
+        return Device(name, None, False, "fp32: autocast does not pay on this device")
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return Device(name, torch.bfloat16 if amx else None, True, "bf16 autocast: AMX" if amx else
+                  "fp32: without AMX bf16 is slower on a CPU")
+
+
+def optimizers(model: nn.Module, cfg: Config, device: Device) -> list[torch.optim.Optimizer]:
+    """Adam ([1] Sec. 4), or Muon for the Transformer's matrices and AdamW for the rest.
+
+    Every group remembers its peak learning rate as `peak`.
+    """
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        hidden = cfg.muon_lr and name.startswith("transformer.") and p.dim() == 2
+        (matrices if hidden else rest).append(p)
+    out = [torch.optim.AdamW(rest, cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=device.fused)]
+    if matrices:
+        out.append(torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=0))
+    for group in (g for o in out for g in o.param_groups):
+        group["peak"] = group["lr"]
+    return out
+
+
+def schedule(cfg: Config, step: int, progress: float) -> float:
+    """Factor on the peak learning rates: warm-up, then [1]'s x 0.1 after 80 %, or linear decay."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+    if cfg.decay == "step":
+        return warm * (0.1 if progress >= 0.8 else 1.0)
+    return warm * max(0.0, min(1.0, (1 - progress) / max(1e-9, 1 - cfg.hold)))
+
+
+class Run:
+    """One training run: model, optimisers, step and time, all of it in `ckpt.pt`."""
+
+    def __init__(self, cfg: Config, device: Device, ckpt: dict | None = None):
+        self.cfg, self.device, self.step, self.elapsed = cfg, device, 0, 0.0
+        torch.manual_seed(cfg.seed)
+        self.model = build(cfg).to(device.name)
+        self.optimizers = optimizers(self.model, cfg, device)
+        if ckpt:
+            self.model.load_state_dict(ckpt["model"])
+            for optimizer, state in zip(self.optimizers, ckpt["optimizers"]):
+                optimizer.load_state_dict(state)
+            self.step, self.elapsed = ckpt["step"], ckpt["elapsed"]
+        # The first step whose loss was not finite: looked at only when something is logged or saved.
+        self.bad = torch.full((), math.inf, device=device.name)
+
+    def update(self, batch, progress: float) -> tuple[Tensor, Tensor]:
+        """One optimisation step; loss and mean squared error stay on the device."""
+        cfg, model = self.cfg, self.model
+        factor = schedule(cfg, self.step, progress)
+        for group in (g for o in self.optimizers for g in o.param_groups):
+            group["lr"] = group["peak"] * factor
+        eps, beta = None, 0.0
+        if cfg.model == "vnp":
+            shape = (cfg.blocks, len(batch[2]), 1, cfg.latent)
+            eps = torch.randn(shape, generator=generator(cfg.seed, self.step, 5)).to(self.device.name)
+            beta = cfg.beta * min(1.0, (self.step + 1) / max(1, cfg.beta_warmup))
+        with self.device.autocast(), self.device.attention(131):
+            loss, mse = objective(model, batch, eps, beta)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        self.bad = torch.where(loss.detach().isfinite(), self.bad, self.bad.clamp(max=self.step))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return loss.detach(), mse.detach()
+
+    def check(self):
+        """Raise RunFailed if a loss was not finite since the run began."""
+        if self.bad.isfinite():
+            raise RunFailed(f"the loss of step {int(self.bad)} is not finite; the last good checkpoint "
+                            "is kept: lower --lr and --resume")
+
+    def save(self, path):
+        """Write the checkpoint beside its place, then rename it."""
+        self.check()
+        state = {"format": 1, "config": asdict(self.cfg), "model": self.model.state_dict(),
+                 "optimizers": [o.state_dict() for o in self.optimizers],
+                 "step": self.step, "elapsed": self.elapsed}
+        buffer = io.BytesIO()  # so that a full disk is an OSError of ours and not torch's
+        torch.save(state, buffer)
+        with atomic(path) as part:
+            part.write_bytes(buffer.getbuffer())
+
+
+class RunFailed(Exception):
+    """A run that cannot go on."""
+
+
+def train_run(run: Run, data, out: Path, steps: int, minutes: float):
+    """Train until `steps` or `minutes` are over; log to out/log.jsonl, save to out/ckpt.pt.
+
+    Returns the name of the signal that ended the run early, or None.
+    """
+    cfg, name, ended = run.cfg, run.device.name, []
+    handlers = {s: signal.signal(s, lambda s, _: ended.append(signal.Signals(s).name))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    start = time.monotonic() - run.elapsed
+    logged, saved, first, sums = start + run.elapsed, time.monotonic(), run.step, None
+    try:
+        batches = data.batches(name, run.step)
+        while not ended:
+            run.elapsed = time.monotonic() - start
+            progress = run.step / steps if steps else run.elapsed / (60 * minutes)
+            if progress >= 1:
+                break
+            loss, mse = run.update(next(batches), progress)
+            sums = torch.stack((loss, mse)) + (0 if sums is None else sums)
+            now = time.monotonic()
+            if now - logged > 5:
+                run.check()
+                log_step(run, out, sums / (run.step - first), now - logged, run.step - first, progress)
+                logged, first, sums = now, run.step, None
+            if now - saved > cfg.save_every:
+                run.save(out / "ckpt.pt")
+                saved = now
+        run.elapsed = time.monotonic() - start
+        run.save(out / "ckpt.pt")
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return ended[0] if ended else None
+
+
+def log_step(run: Run, out: Path, means: Tensor, seconds: float, steps: int, progress: float):
+    """One line on the screen and one in log.jsonl."""
+    loss, mse = means.tolist()
+    eta = run.elapsed * (1 - progress) / max(progress, 1e-9)
+    row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
+           "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
+           "signals_per_s": run.cfg.batch_size * steps / seconds, "elapsed": run.elapsed, "eta": eta}
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+    bar = "=" * int(20 * progress)
+    click.echo(f"[{bar:20}] step {run.step}  loss {loss:.4f}  psnr {row['psnr']:.2f} dB  "
+               f"lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
+               f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
+
+
+# ------------------------------------------------------------------------- test-time optimisation
+
+
+def optimise(model, code: dict, context: dict, steps: int, targets: int = 1024) -> dict:
+    """Refine generated weights on the context itself: Adam, 1,024 rays a step ([1] Sec. 4.2).
+
+    All signals of the batch at once; returns a new code. The learning rate is cfg.tto_lr.
+    """
+    if model.cfg.model != "transinr":
+        raise ValueError("--tto refines generated weights; a VNP has none: use a TransINR checkpoint")
+    query, values, weight = observations(model.cfg, context)
+    code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
+    optimizer = torch.optim.Adam(code.values(), model.cfg.tto_lr)
+    for step in range(steps):
+        pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets].to(values.device)
+        part = {k: v[:, pick] for k, v in query.items()}
+        with torch.enable_grad():
+            prediction = model.decode(code, part)
+            error = ((prediction.mean - values[:, pick]).square().mean(-1) * weight[:, pick]).mean(1)
+            grads = torch.autograd.grad(error.sum(), list(code.values()))
+        for v, g in zip(code.values(), grads):
+            v.grad = g
+        optimizer.step()
+    return {k: v.detach() for k, v in code.items()}
+
+
+# ------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict:
+    """Held-out PSNR by label, mean over pictures; for scenes with the trivial baselines beside.
+
+    Returns {label: {"psnr", "psnr_unclamped", ..., "pictures"}} with the label "all" last.
+    """
+    rows = {}
+    for context, query, target, label in data.tests(device.name):
+        with device.attention(131):
+            code = model.encode(context)
+        if tto:
+            code = optimise(model, code, context, tto)
+        mean = predict(model, code, query).mean
+        mean = mean.view(target.shape)  # (B, pictures, pixels, 3)
+        scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
+        if mean_image is not None:
+            view = context["images"][:, :1].flatten(3).transpose(2, 3)
+            scores["white"] = psnr(torch.ones_like(target), target)
+            scores["mean_image"] = psnr(mean_image.to(target), target)
+            scores["context_view"] = psnr(view.expand_as(target), target)
+        for key in (label, "all"):
+            for name, value in scores.items():
+                rows.setdefault(key, {}).setdefault(name, []).append(value.flatten())
+    rows["all"] = rows.pop("all")
+    out = {}
+    for key, row in rows.items():
+        values = {name: torch.cat(v) for name, v in row.items()}
+        out[key] = {name: float(v.mean()) for name, v in values.items()}
+        out[key]["pictures"] = len(values["psnr"])
+    return out
+
+
+def mixture(prediction: Prediction, batch: int) -> Prediction:
+    """Mean and std over latent samples, (B S, M, C) -> (B, M, C)."""
+    mean, std = (v.unflatten(0, (batch, -1)) for v in prediction)
+    return Prediction(mean.mean(1), (std.square().mean(1) + mean.var(1, correction=0)).sqrt())
+
+
+def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
+    """Predictions at x (B, M, 1), one for each latent sample: (B S, M, 1); S = 1 without latents."""
+    code, z = model.encode(context), None
+    if model.cfg.model == "vnp":
+        cfg, batch = model.cfg, len(x) * samples
+        eps = torch.randn(cfg.blocks, batch, 1, cfg.latent, generator=gen).to(x)
+        z = model.latents(code, {"x": x}, eps)[0]
+    return model.decode(code, {"x": x}, z=z)
+
+
+def fit_gp(x, y):
+    """RBF hyperparameters of the highest marginal likelihood on a grid, each (B, 1, 1), in float64."""
+    lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
+    grid = torch.cartesian_prod(lengths, scales).to(x).view(-1, 1, 1, 1, 2)  # (G, 1, 1, 1, 2)
+    k = covariance("rbf", x, x, grid[..., 0], grid[..., 1], None)
+    factor = torch.linalg.cholesky(k + NOISE**2 * torch.eye(x.shape[1], dtype=x.dtype))
+    white = torch.linalg.solve_triangular(factor, y.expand(len(grid), -1, -1, -1), upper=False)
+    evidence = -0.5 * white.square().sum((2, 3)) - factor.diagonal(dim1=2, dim2=3).log().sum(2)
+    best = grid[evidence.argmax(0), 0, 0, 0]  # (B, 2)
+    return best[:, 0, None, None], best[:, 1, None, None], None
+
+
+@torch.no_grad()
+def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
+    """Target and context log-likelihood per kernel: of the model, and of exact GP posteriors.
+
+    `latents`: log-mean-exp over samples per point. gp: the true kernel, the ceiling; fitted_gp: an
+    RBF kernel fitted to each context. coverage: part of targets in the central 95 % interval.
+    """
+    rows = {}
+    for i, (x, y, hyper, n, label) in enumerate(data.tests(device.name)):
+        xf, yf = x.float().to(device.name), y.float().to(device.name)
+        prediction = sample_curves(model, {"x": xf[:, :n], "y": yf[:, :n]}, xf, samples, generator(i, 7))
+        ll = log_likelihood(prediction, yf.repeat_interleave(len(prediction.mean) // len(x), 0))
+        ll = ll.unflatten(0, (len(x), -1))
+        ll = ll.logsumexp(1) - math.log(ll.shape[1])  # (B, N, 1)
+        mean, std = mixture(prediction, len(x))
+        scores = {"target_ll": ll[:, n:].mean(), "context_ll": ll[:, :n].mean(),
+                  "coverage": ((yf - mean).abs() < 1.96 * std)[:, n:].float().mean()}
+        for name, kernel, h in (("gp", label, hyper), ("fitted_gp", "rbf", fit_gp(x[:, :n], y[:, :n]))):
+            if h is not None:
+                exact = Prediction(*gp_posterior(kernel, x[:, :n], y[:, :n], x[:, n:], h))
+                scores[name] = log_likelihood(exact, y[:, n:].float()).mean()
+        for name, value in scores.items():
+            rows.setdefault(label, {}).setdefault(name, []).append(value.cpu())
+    return {label: {name: float(torch.stack(v).mean()) for name, v in row.items()} | {"sets": len(row["target_ll"])}
+            for label, row in rows.items()}
+
+
+# ------------------------------------------------------------------------- pictures
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Values in [0, 1], clamped -> uint8 numpy array of the same shape."""
+    return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def save_picture(picture: Image.Image, path, **options):
+    """Write a picture beside its place, then rename it; the format is the suffix's."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: unknown kind of picture; end the name in .png, .jpg, .webp or .gif")
+    with atomic(path) as part:
+        picture.save(part, format=kind, **options)
+
+
+def sheet(rows: list[list[np.ndarray]], gap: int = 4) -> Image.Image:
+    """Pictures (H, W, 3) uint8 of one size, in rows, on white."""
+    height, width = rows[0][0].shape[:2]
+    out = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
+    for i, row in enumerate(rows):
+        for j, pixels in enumerate(row):
+            out.paste(Image.fromarray(pixels), (j * (width + gap), i * (height + gap)))
+    return out
+
+
+def enlarge(pixels: np.ndarray, factor: int = 2) -> np.ndarray:
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+class Rendering(NamedTuple):
+    """Color (B, R, 3), depth and opacity (B, R, 1) of rays."""
+
+    mean: Tensor
+    depth: Tensor
+    opacity: Tensor
+
+
+def decode_depth(model, code, query, z=None) -> Rendering:
+    """As model.decode for scenes, with depth and opacity."""
+    color, depth, opacity = render_field(model.cfg, *model.evaluate(code, query, z=z))
+    return Rendering(color, depth.unsqueeze(-1), opacity.unsqueeze(-1))
+
+
+def portrait(model, context, query, target, side) -> list[Tensor]:
+    """Pictures (H, W, 3) of one signal: what was seen, the truth, and what the model makes of it."""
+    cfg, code = model.cfg, model.encode(context)
+    fold = lambda pixels: pixels[0].unflatten(0, side).expand(-1, -1, 3)
+    truth = fold(target[:, 0])
+    if cfg.task == "nvs":
+        part = {k: v[:, : truth.shape[0] * truth.shape[1]] for k, v in query.items()}
+        view = predict(model, code, part, decode=functools.partial(decode_depth, model))
+        depth = (cfg.far - view.depth - (1 - view.opacity) * cfg.far) / (cfg.far - cfg.near)
+        return [context["images"][0, 0].movedim(0, -1), truth, fold(view.mean), fold(depth)]
+    prediction = predict(model, code, query)
+    seen = [fold((context["image"] * context["mask"] + 1 - context["mask"]).flatten(2).mT)] if "mask" in context else []
+    std = [] if prediction.std is None else [fold(prediction.std / prediction.std.max())]
+    return [*seen, truth, fold(prediction.mean), *std]
+
+
+@torch.no_grad()
+def samples_sheet(model, data, device: Device, count: int = 12) -> Image.Image:
+    """Held-out signals side by side: truth above prediction, or plots of curves."""
+    if model.cfg.task == "gp":
+        rows = []
+        for x, y, _, n, label in itertools.islice(data.tests(device.name, 1), 6):
+            rows.append(curve_picture(model, x[0, :n].float(), y[0, :n].float(), (x[0, n:], y[0, n:])))
+        return sheet([rows[:3], rows[3:]])
+    only = [i * len(data) // count for i in range(count)]
+    columns = []
+    for context, query, target, _ in data.tests(device.name, only=only):
+        for i in range(len(target)):
+            one = [{k: v[i : i + 1] if len(v) > 1 else v for k, v in x.items()} for x in (context, query)]
+            columns.append(portrait(model, *one, target[i : i + 1], data.side))
+    return sheet([[enlarge(to_uint8(p)) for p in row] for row in zip(*columns)])
+
+
+def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320)) -> np.ndarray:
+    """Plot of a context (N, 1): mean, 95 % band and latent samples on [-2, 2]."""
+    width, height = size
+    grid = torch.linspace(-2, 2, 256)[None, :, None].to(model.freqs)
+    context = {"x": x[None].to(grid), "y": y[None].to(grid)}
+    draws = sample_curves(model, context, grid, 32, generator(8))
+    mean, std = (v[0, :, 0] for v in mixture(draws, 1))
+    low, high = mean - 1.96 * std, mean + 1.96 * std
+    values = torch.cat((low, high, y.flatten().to(low)))
+    bottom, top = float(values.min()), float(values.max())
+    at = lambda xs, ys: [(10 + (float(a) + 2) / 4 * (width - 20),
+                          height - 10 - (float(b) - bottom) / max(top - bottom, 1e-6) * (height - 20))
+                         for a, b in zip(xs, ys)]
+    picture = Image.new("RGB", size, "white")
+    pen, xs = ImageDraw.Draw(picture), grid[0, :, 0]
+    pen.rectangle((0, 0, width - 1, height - 1), outline="#bbbbbb")
+    pen.polygon(at(xs, high) + at(xs.flip(0), low.flip(0)), fill="#d6e4f5")
+    for curve in draws.mean[:samples, :, 0] if len(draws.mean) > 1 else ():
+        pen.line(at(xs, curve), fill="#8fb3de")
+    pen.line(at(xs, mean), fill="#1f4e8c", width=2)
+    for points, color in ((held_out, "#e08a2b"), ((x, y), "black")):
+        for a, b in at(*(v.flatten() for v in points)) if points else ():
+            pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=color)
+    return np.asarray(picture)
+
+
+def read_context(model, path) -> dict:
+    """A photo as the context of a model of images, cropped to a square of the size it reads."""
+    size = model.cfg.image_size
+    try:
+        pixels = decode_image(Path(path).read_bytes(), size, size // model.cfg.patch)
+    except BROKEN as e:
+        raise ValueError(f"{path}: not a picture that can be read ({e})") from e
+    return {"image": torch.from_numpy(pixels).permute(2, 0, 1)[None].to(model.freqs) / 255}
+
+
+def read_csv(path) -> tuple[Tensor, Tensor]:
+    """Two columns x, y of a CSV file, with or without a header: (N, 1), (N, 1) in float64."""
+    rows = [r for r in csv.reader(Path(path).read_text().splitlines()) if any(c.strip() for c in r)]
+    if rows and not re.match(r"\s*[-+.\d]", rows[0][0]):
+        rows = rows[1:]
+    for i, row in enumerate(rows, 1):
+        try:
+            if len(row) < 2 or not all(math.isfinite(float(c)) for c in row[:2]):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite numbers "
+                             "x,y") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows; a row is two finite numbers x,y")
+    return tuple(torch.tensor([[float(r[i])] for r in rows], dtype=torch.float64) for i in (0, 1))
+
+
+@torch.no_grad()
+def render_image(model, source, size: int, tto: int = 0) -> Image.Image:
+    """A photo through the model, size x size pixels; memory grows by the picture alone."""
+    cfg = model.cfg
+    context = read_context(model, source)
+    code = model.encode(context)
+    if tto:
+        code = optimise(model, code, context, tto)
+    z = model.latents(code, {})[0] if cfg.model == "vnp" else None
+    out, rows = np.empty((size, size, 3), np.uint8), max(1, (1 << 16) // size)
+    line = pixel_grid(size, 1, model.freqs.device)[:, 0]
+    for i in range(0, size, rows):
+        coords = torch.cartesian_prod(line[i : i + rows], line)[None]
+        out[i : i + rows] = to_uint8(model.decode(code, {"coords": coords}, z=z).mean).reshape(-1, size, 3)
+    return Image.fromarray(out)
+
+
+def find_scene(source) -> tuple[Tree, str]:
+    """The tree and folder of a scene; `set.zip/class/id` is a folder within a zip."""
+    path = next((p for p in (Path(source), *Path(source).parents) if p.exists()), Path(source))
+    return Tree(path), Path(source).relative_to(path).as_posix().strip(".")
+
+
+@torch.no_grad()
+def render_scene(model, tree: Tree, folder: str, size: int, frames: int = 36, tto: int = 0):
+    """A turntable around an object: encode its first views, decode a circle at their elevation."""
+    cfg = model.cfg
+    images, poses, focals = read_scene(tree, folder, cfg.image_size)
+    context = {"images": images[None, : cfg.views].float() / 255, "poses": poses[None, : cfg.views],
+               "focals": focals[None, : cfg.views]}
+    context = to_device(context, model.freqs.device)
+    code = model.encode(context)
+    if tto:
+        code = optimise(model, code, context, tto)
+    eye = poses[0, :, 3]
+    radius, height = float(eye.norm()), float(eye[2])
+    flat, start = math.sqrt(max(radius**2 - height**2, 1e-6)), math.atan2(float(eye[1]), float(eye[0]))
+    focals, z = focals[:1] * size / min(images.shape[-2:]), None
+    pictures = []
+    for i in range(frames):
+        angle = start + 2 * math.pi * i / frames
+        pose = look_at(torch.tensor([flat * math.cos(angle), flat * math.sin(angle), height]))[None]
+        o, d = (r.flatten(0, 2)[None].to(model.freqs) for r in camera_rays(pose, focals, size, size))
+        query = {"rays_o": o, "rays_d": d}
+        if z is None and cfg.model == "vnp":
+            z = model.latents(code, thin(query, 1024))[0]
+        pictures.append(Image.fromarray(to_uint8(predict(model, code, query, z).mean[0]).reshape(size, size, 3)))
+    return pictures
+
+
+@torch.no_grad()
+def attention_sheet(model, context: dict) -> Image.Image:
+    """What each INR layer's weight tokens look at, and base beside generated weights ([1] Sec. 5).
+
+    Upper row: the picture, then per layer the attention to its patches (mean over blocks, heads and
+    tokens). Below, per layer: base weights, and generated ones (red positive, blue negative).
+    """
+    cfg, maps = model.cfg, 0
+    data = model.tokenizer(context)
+    x = torch.cat((data, model.wtokens.expand(len(data), -1, -1)), 1)
+    for block in model.transformer:
+        q, k, _ = (t.unflatten(-1, (cfg.heads, -1)).transpose(1, 2)
+                   for t in block.qkv(block.norm1(x)).chunk(3, -1))
+        maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, data.shape[1]:, : data.shape[1]]
+        x = block(x)
+    image, side, height = context["image"][0].movedim(0, -1), math.isqrt(data.shape[1]), 192
+    top, middle, bottom = [fit(image, height)], [torch.ones(height, height, 3)], []
+    bottom = [torch.ones(height, height, 3)]
+    for (name, wb), layer in zip(model.encode(context).items(), maps[0].split(model.n_tokens)):
+        heat = layer.mean(0).view(side, side, 1)
+        heat = fit(heat / heat.max(), height, "nearest")
+        top.append(0.25 * top[0] + 0.75 * heat * torch.tensor([1.0, 0.6, 0.2]))
+        base = F.normalize(model.base[name][:-1], dim=0)
+        for row, w in ((middle, base), (bottom, wb[0, :-1])):
+            w = (w / (3 * wb[0, :-1].std())).clamp(-1, 1).unsqueeze(-1)
+            row.append(fit(1 - w.clamp(min=0) * w.new_tensor([0, 1, 1]) +
+                           w.clamp(max=0) * w.new_tensor([1, 1, 0]), height, "nearest"))
+    return sheet([[to_uint8(p) for p in row] for row in (top, middle, bottom)])
+
+
+def fit(pixels: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """(H, W, C) resized to (side, side, C)."""
+    return F.interpolate(pixels.movedim(-1, 0)[None].float(), (side, side), mode=mode)[0].movedim(0, -1)
+
+
+# ------------------------------------------------------------------------- command line
+
+
+class Commands(click.Group):
+    """Errors of the user's making end in one line and exit code 2, a failed run's in 1."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as e:
+            self.fail(ctx, e, 2)
+        except RunFailed as e:
+            self.fail(ctx, e, 1)
+
+    def fail(self, ctx, error, code):
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        ctx.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100})
+def cli():
+    """Generalizable implicit neural representations: TransINR and VNP, on images, scenes, curves."""
+
+
+def banner(model, cfg: Config, device: Device):
+    """What is about to run: configuration, parameters by part, device and why."""
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    parts["other"] = sum(p.numel() for p in model.parameters()) - sum(parts.values())
+    click.echo(f"{cfg.model} on {cfg.task}, preset {cfg.preset}: " +
+               " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != getattr(Config, k, None)))
+    click.echo(f"{sum(parts.values()) / 1e6:.2f} M parameters: " +
+               ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v))
+    click.echo(f"device {device.name}, {torch.get_num_threads()} threads; {device.why}")
+
+
+def report(scores: dict):
+    """Scores {label: {name: value}} as a table."""
+    for label, row in scores.items():
+        click.echo(f"{label:>12}  " + "  ".join(
+            f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+@cli.command()
+@click.option("--task", type=click.Choice(list(COORD_DIM)), help="What the signals are.  [default: image]")
+@click.option("--model", type=click.Choice(MODELS), help="[default: vnp for gp, else transinr]")
+@click.option("--preset", default="small", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+@click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
+@click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
+@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
+@click.option("--seed", type=int)
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--context", type=float, nargs=2, help="image: range of the part of pixels seen.")
+@click.option("--set", "extra", multiple=True, metavar="NAME=VALUE", help="Any field of Config.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@click.option("--smoke", is_flag=True, help="A few steps on a few signals, to see that all works.")
+def train(task, model, preset, data, extra, device, out, resume, smoke, **options):
+    """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
+    if options["steps"] and options["minutes"]:
+        raise ValueError("--steps and --minutes exclude each other; give one")
+    if options["steps"]:
+        options["minutes"] = 0.0
+    if options["minutes"]:
+        options["steps"] = 0
+    given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
+    if smoke:
+        given = {"steps": 3, "minutes": 0.0, "batch_size": 2} | given
+    cfg = make_config(preset, task, model, **given)
+    out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
+    ckpt = None
+    if (out / "ckpt.pt").exists():
+        ckpt = read_checkpoint(out / "ckpt.pt")
+        old = Config(**ckpt["config"])
+        cfg = replace(old, steps=cfg.steps, minutes=cfg.minutes) if resume and not task else cfg
+        if replace(cfg, steps=0, minutes=0.0) != replace(old, steps=0, minutes=0.0):
+            raise ValueError(f"{out} holds a run of another configuration; choose another --out")
+    elif resume:
+        raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
+    out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(device)
+    limit = 16 if smoke else 0
+    train_set = DATASETS[cfg.task](cfg, data, "train", limit)
+    test_set = DATASETS[cfg.task](cfg, data, "test", limit)
+    run = Run(cfg, device, ckpt if resume else None)
+    if not resume:
+        (out / "log.jsonl").unlink(missing_ok=True)
+    banner(run.model, cfg, device)
+    steps = cfg.steps or (0 if cfg.minutes else -(-cfg.epochs * len(train_set) // cfg.batch_size))
+    ended = train_run(run, train_set, out, steps, cfg.minutes)
+    if ended:
+        return click.echo(f"{ended}: saved step {run.step}; continue with the same command and --resume")
+    run.model.eval()
+    save_picture(samples_sheet(run.model, test_set, device), out / "samples.png")
+    scores = score(run.model, test_set, device, data)
+    click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; held-out:")
+    report(scores)
+    click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png")
+
+
+def parse_fields(pairs) -> dict:
+    """NAME=VALUE pairs -> fields of Config, of their types."""
+    types, out = {f.name: type(f.default) for f in fields(Config)}, {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        check_choice("--set", name, types)
+        try:
+            out[name] = value == "True" if types[name] is bool else types[name](value)
+        except ValueError as e:
+            raise ValueError(f"--set {pair}: {name} takes a {types[name].__name__}") from e
+    return out
+
+
+def score(model, data, device, path=None, tto=0) -> dict:
+    """The task's held-out scores."""
+    if model.cfg.task == "gp":
+        return evaluate_curves(model, data, device)
+    mean = None
+    if model.cfg.task == "nvs":
+        known = SceneData(model.cfg, path, "train")
+        mean = known.images.float().mean(0).flatten(1).T / 255  # (H W, 3)
+    return evaluate(model, data, device, tto, mean)
+
+
+@cli.command(name="eval")
+@click.argument("ckpt", type=click.Path())
+@click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
+@click.option("--size", type=click.IntRange(1), default=None, help="Only this many test signals.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "json_file", type=click.Path(), help="Write the scores here too.")
+def evaluate_command(ckpt, data, split, tto, size, device, json_file):
+    """Score a checkpoint on held-out signals."""
+    device = choose_device(device)
+    model = load(ckpt, device.name)
+    scores = score(model, DATASETS[model.cfg.task](model.cfg, data, split, size or 0), device, data, tto)
+    report(scores)
+    if json_file:
+        with atomic(json_file) as part:
+            part.write_text(json.dumps(scores, indent=1) + "\n")
+
+
+@cli.command()
+@click.argument("ckpt", type=click.Path())
+@click.argument("source", metavar="INPUT", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
+@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True, help="Its side in pixels.")
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
+@click.option("--device", default="auto", show_default=True)
+def render(ckpt, source, out, size, tto, device):
+    """Encode INPUT and draw the function: photo -> picture, object folder -> turntable, CSV -> plot."""
+    model = load(ckpt, choose_device(device).name)
+    if model.cfg.task == "image":
+        save_picture(render_image(model, source, size, tto), out)
+    elif model.cfg.task == "gp":
+        x, y = read_csv(source)
+        save_picture(Image.fromarray(curve_picture(model, x, y, size=(size, size * 2 // 3))), out)
+    else:
+        first, *rest = render_scene(model, *find_scene(source), size, tto=tto)
+        save_picture(first, out, save_all=True, append_images=rest, duration=80, loop=0)
+    click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.argument("ckpt", type=click.Path())
+@click.argument("image", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
+def inspect(ckpt, image, out):
+    """Draw what the weight tokens of each INR layer look at, and the weights that they write."""
+    model = load(ckpt)
+    if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
+        raise ValueError(f"inspect takes a TransINR of images, {ckpt} is {model.cfg.model} on {model.cfg.task}")
+    save_picture(attention_sheet(model, read_context(model, image)), out)
+    click.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    cli()
