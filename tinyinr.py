@@ -86,7 +86,7 @@ class Config:
     inr_depth: int = 5
     inr_width: int = 256
     groups: int = 64  # weight tokens per layer
-    identity_head: bool = False  # at initialisation the generated weights are the base weights
+    identity_init: bool = False  # blocks start as the identity, generated as the base weights
     # VNP: the decoder
     cross_depth: int = 3
     cross_heads: int = 4
@@ -117,7 +117,7 @@ class Config:
     warmup: int = 0  # steps
     decay: str = "step"  # x 0.1 at 80 % of the run, or "linear" to 0 after the part `hold`
     hold: float = 0.0
-    clip: float = 1e9  # bound on the norm of the gradient
+    clip: float = 0.0  # bound on the norm of the gradient; 0: none
     flip: bool = False  # images: mirror half of them
     random_crop: bool = False  # images: along the longer side
     augment: bool = False  # scenes: turn, mirror and recolor them
@@ -164,21 +164,21 @@ def check_choice(name, value, known):
 PRESETS = {  # name -> {(task, model): what differs from the defaults}; the first cell is the default
     "small": {
         ("image", "transinr"): dict(
-            image_size=64, patch=8, padding=0, dim=192, depth=4, heads=3, ff_dim=768, freqs=32,
-            freq_top=32.0, inr_width=64, groups=16, identity_head=True, minutes=9.8, batch_size=32,
-            queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+            image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=32,
+            freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16,
+            queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear"),
         ("nvs", "transinr"): dict(
-            image_size=64, patch=8, padding=0, dim=192, depth=4, heads=3, ff_dim=768, freqs=10,
-            freq_top=64.0, inr_width=64, groups=16, identity_head=True, minutes=14.8, batch_size=8,
-            queries=96, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment=True, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+            image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
+            freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
+            queries=128, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
+            augment=True, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
             cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=32,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
-            inr_width=64, groups=16, identity_head=True, minutes=9.8, batch_size=32,
+            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=32,
             lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
@@ -338,6 +338,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.dim)
         self.ff1 = nn.Linear(cfg.dim, cfg.ff_dim)
         self.ff2 = nn.Linear(cfg.ff_dim, cfg.dim)
+        if cfg.identity_init:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.ff2.weight)
 
     def forward(self, x):  # (B, T, D)
         x = x + self.out(attend(*self.qkv(self.norm1(x)).chunk(3, -1), self.heads))
@@ -600,9 +603,9 @@ class TransINR(nn.Module):
                                       for name, (n, out) in self.shapes.items()})
         for wb in self.base.values():  # a linear layer's usual start, the bias as one more input
             nn.init.uniform_(wb, -(wb.shape[0] - 1) ** -0.5, (wb.shape[0] - 1) ** -0.5)
-        if cfg.identity_head:
+        if cfg.identity_init:
             for head in self.heads.values():
-                nn.init.normal_(head[1].weight, std=0.1 * cfg.dim**-0.5)
+                nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
                 nn.init.ones_(head[1].bias)
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
@@ -729,23 +732,24 @@ class VNP(nn.Module):
             code |= {"pool_" + k: v for k, v in query.items()} | {"pool_weight": weight}
         return code
 
-    def latents(self, code: dict, query: dict, eps=None, target=None) -> tuple[Tensor, Tensor]:
+    def latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
         """Draw the L latents once: z (L, B, 1, Z), and the KL divergence summed over them, (B,).
 
         From the prior, with KL 0, or from the posterior where `target` values (B, M, C) are given.
-        eps (L, B, 1, Z): unit Gaussian noise, None: the mean.
+        eps (L, B, 1, Z): unit Gaussian noise, None: the mean. samples > 1: that many draws for each
+        signal side by side, here and in decode: eps and z (L, B samples, 1, Z).
         """
-        return self.walk(code, query, eps, target)[:2]
+        return self.walk(code, query, eps, target, samples)[:2]
 
-    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
+    def decode(self, code: dict, query: dict, eps=None, z=None, samples: int = 1) -> Prediction:
         """Values (B, M, C) at the query, with latents z, or with those that noise eps gives."""
-        return readout(self.cfg, *self.evaluate(code, query, eps, z))
+        return readout(self.cfg, *self.evaluate(code, query, eps, z, samples))
 
-    def evaluate(self, code, query, eps=None, z=None):
+    def evaluate(self, code, query, eps=None, z=None, samples: int = 1):
         """The field at the query's points: raw (B, K, C), points (B, K, .), z_vals or None."""
         if z is None:
-            z, _ = self.latents(code, query, eps)
-        state = self.features(code["tokens"], query)
+            z, _ = self.latents(code, query, eps, samples=samples)
+        state = self.features(code["tokens"], query, samples)
         for block, zl in zip(self.blocks, z):
             state = state._replace(f=block(state.f, state.e, zl))
         return self.head(state.f), state.points, state.z_vals
@@ -755,16 +759,19 @@ class VNP(nn.Module):
         _, kl, state = self.walk(code, query, eps, target)
         return readout(self.cfg, self.head(state.f), state.points, state.z_vals), kl
 
-    def features(self, tokens, query) -> "Features":
-        """Embed the query's points and let them read the tokens."""
+    def features(self, tokens, query, samples: int = 1) -> "Features":
+        """Embed the query's points, let them read the tokens, and repeat all for each sample."""
         points, z_vals = query_points(self.cfg, query)
         e = self.embed(positional_encoding(points, self.freqs)).expand(len(tokens), -1, -1)
         f = torch.zeros_like(e)
         for block in self.cross:
             f = block(f, e, tokens)
-        return Features(self.enhance(f), e, points, z_vals)
+        state = Features(self.enhance(f), e, points, z_vals)
+        if samples == 1:
+            return state
+        return Features(*(v if v is None else v.repeat_interleave(samples, 0) for v in state))
 
-    def walk(self, code, query, eps=None, target=None):
+    def walk(self, code, query, eps=None, target=None, samples: int = 1):
         """Go through the blocks and draw each latent: z, KL and the query's last features.
 
         The prior walks over the context (or the query), the posterior over the targets; both
@@ -774,10 +781,11 @@ class VNP(nn.Module):
         if self.cfg.latent_pool == "context":
             pool = {k[5:]: v for k, v in code.items() if k.startswith("pool_")}
             weight = pool.pop("weight")
-            walks.append((self.features(code["tokens"], pool), weight.unsqueeze(-1)))
+            weight = weight.unsqueeze(-1).repeat_interleave(samples, 0) if samples > 1 else weight.unsqueeze(-1)
+            walks.append((self.features(code["tokens"], pool, samples), weight))
         if target is not None or not walks:
-            walks.append((self.features(code["tokens"], query), None))
-        zs, kl = [], torch.zeros(len(code["tokens"]), device=code["tokens"].device)
+            walks.append((self.features(code["tokens"], query, samples), None))
+        zs, kl = [], code["tokens"].new_zeros(len(walks[0][0].f))
         for i, block in enumerate(self.blocks):
             values = [readout(self.cfg, block.value(s.f), s.points, s.z_vals).mean for s, _ in walks]
             latent = prior = block.distribution(values[0], weight=walks[0][1])
@@ -1265,7 +1273,8 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 1 << 17, decode
     if model.cfg.model == "vnp" and z is None:
         z = model.latents(code, thin(query, 1024))[0]
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
-    step = max(1, chunk // int(per_query) // len(next(iter(code.values()))))
+    step = chunk // int(per_query) // len(next(iter(code.values())))
+    step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
     parts = [(decode or model.decode)(code, part, z=z) for part in split_query(query, step)]
     return type(parts[0])(*(None if p[0] is None else torch.cat(p, 1) for p in zip(*parts)))
 
@@ -1486,7 +1495,8 @@ class Run:
         with self.device.autocast(), self.device.attention(131):
             loss, mse = objective(model, batch, eps, beta)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        if cfg.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         self.bad = torch.where(loss.detach().isfinite(), self.bad, self.bad.clamp(max=self.step))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -1635,12 +1645,11 @@ def mixture(prediction: Prediction, batch: int) -> Prediction:
 
 def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
     """Predictions at x (B, M, 1), one for each latent sample: (B S, M, 1); S = 1 without latents."""
-    code, z = model.encode(context), None
-    if model.cfg.model == "vnp":
-        cfg, batch = model.cfg, len(x) * samples
-        eps = torch.randn(cfg.blocks, batch, 1, cfg.latent, generator=gen).to(x)
-        z = model.latents(code, {"x": x}, eps)[0]
-    return model.decode(code, {"x": x}, z=z)
+    cfg, code = model.cfg, model.encode(context)
+    if cfg.model != "vnp":
+        return model.decode(code, {"x": x})
+    eps = torch.randn(cfg.blocks, len(x) * samples, 1, cfg.latent, generator=gen).to(x)
+    return model.decode(code, {"x": x}, eps, samples=samples)
 
 
 def fit_gp(x, y):

@@ -8,7 +8,6 @@ Shapes: V vertices, F triangles, N fragments (a triangle's share of one sample),
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,6 +15,7 @@ from PIL import Image
 TEXTURE_SIZE = 256  # textures are reduced to this, or they alias in small pictures
 MIN_OPACITY = 0.3  # materials and texels below are not drawn (glass, gaps between leaves)
 UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=np.float32)  # y up -> z up
+DARKEST = 0.06  # albedo of black: pure black would hide all shape
 AMBIENT = 0.45
 LIGHTS = (  # (direction towards the light, strength), fixed in the world: objects face -y
     (np.array([-0.45, -0.55, 0.70]), 0.55),
@@ -45,10 +45,10 @@ class Mesh:
 # ---- Reading --------------------------------------------------------------------------------
 
 
-def load_texture(path):
-    """Read a texture as (H, W, 4); paths may be absolute on the author's disk, or mis-cased."""
-    name = path.name.replace("\\", "/").rsplit("/", 1)[-1].lower()
-    found = [p for p in sorted(path.parent.iterdir()) if p.name.lower() == name]
+def load_texture(folder, name):
+    """Read a texture as (H, W, 4), or None; names may be another disk's paths, or mis-cased."""
+    name = name.replace("\\", "/").rsplit("/", 1)[-1].strip().lower()
+    found = [path for path in sorted(folder.iterdir()) if path.name.lower() == name]
     if not found:
         return None
     image = Image.open(found[0]).convert("RGBA")
@@ -57,7 +57,7 @@ def load_texture(path):
 
 
 def load_materials(path):
-    """Read the parts of an MTL file that matter here: Kd, d and map_Kd."""
+    """Read what is drawn of an MTL file (Kd, d and map_Kd) as {name: Material}."""
     materials, current = {}, Material()
     for line in path.read_text(errors="replace").splitlines():
         key, _, value = line.strip().partition(" ")
@@ -68,8 +68,7 @@ def load_materials(path):
         elif key == "d":
             current.opacity = float(value.split()[-1])
         elif key == "map_Kd":
-            file = value.replace("\\", "/").rsplit("/", 1)[-1].strip()
-            current.texture = load_texture(path.parent / file)
+            current.texture = load_texture(path.parent, value)
     return materials
 
 
@@ -233,7 +232,7 @@ def render(mesh, pose, size, angle, supersample):
     focal = side / (2 * np.tan(angle / 2))
     x = side / 2 + focal * camera[0] * inverse_depth
     y = side / 2 - focal * camera[1] * inverse_depth
-    corner = mesh.corners[..., 0].T
+    corner = np.ascontiguousarray(mesh.corners[..., 0].T)  # (3, F)
     sample, face, depth, weights = fragments(x[corner], y[corner], inverse_depth[corner], side)
     cutout = np.array([m.texture is not None and m.texture[..., 3].min() < MIN_OPACITY
                        for m in mesh.materials])
@@ -245,7 +244,8 @@ def render(mesh, pose, size, angle, supersample):
     np.maximum.at(nearest, sample, depth)
     front = depth == nearest[sample]
     sample, face, weights = sample[front], face[front], weights[front]
-    rgb = albedo(mesh, face, weights)[:, :3] * shade(mesh, face, weights, position)[:, None]
+    rgb = DARKEST + (1 - DARKEST) * albedo(mesh, face, weights)[:, :3]
+    rgb *= shade(mesh, face, weights, position)[:, None]
 
     picture = np.zeros((side * side, 4))
     picture[sample, :3] = np.clip(rgb, 0, 1)

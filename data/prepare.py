@@ -27,7 +27,18 @@ DATA = Path(__file__).resolve().parent
 SIZE = 64  # pixels per side of every picture of both sets
 
 
-# ---- Shared: reproducible zips, splits, credits ---------------------------------------------
+# ---- Shared: downloads, reproducible zips, splits, credits ----------------------------------
+
+
+def fetch(command, folder):
+    """Run a command that leaves one file in the empty `folder`; returns that file's path."""
+    try:
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise click.ClickException(
+            f"'{' '.join(command)}' failed ({error}); get the file elsewhere and give its path "
+            "with --package") from error
+    return next(Path(folder).iterdir())
 
 
 def write_zip(path, files):
@@ -158,9 +169,7 @@ def emoji_image(data):
 def emoji(package):
     """Make emoji64.zip: train/NAME.webp and test/NAME.webp, split by base emoji."""
     with tempfile.TemporaryDirectory() as folder:
-        if package is None:
-            subprocess.run(["npm", "pack", EMOJI_PACKAGE], cwd=folder, check=True)
-            package = next(Path(folder).glob("*.tgz"))
+        package = package or fetch(["npm", "pack", EMOJI_PACKAGE], folder)
         with tarfile.open(package) as archive:
             members = [m for m in archive.getmembers() if m.name.endswith(".webp")]
             images = {Path(m.name).stem: emoji_image(archive.extractfile(m).read())
@@ -190,10 +199,10 @@ ANGLE = 0.52  # radians; the unit sphere at RADIUS just fits (it needs 2 asin(1/
 RADIUS = 4.0
 SUPERSAMPLE = 3
 MIN_COVERAGE = 0.02  # objects that fill less of their pictures on average are left out
-FURNITURE_NEAR = 0.17  # RMS difference of canonical views below which two objects are 'the same'
+FURNITURE_NEAR = 0.165  # RMS difference of canonical views below which two objects are 'the same'
 TEST_FRACTION = 0.11
 VIEWS = {"chairs": 40, "lamps": 40, "cars": 40, "furniture": 16}
-MIN_TEST = {"chairs": 12, "lamps": 5, "cars": 4, "furniture": 50}
+MIN_TEST = {"chairs": 14, "lamps": 6, "cars": 5, "furniture": 50}
 SPLIT_NAME = {"chairs": "chair", "lamps": "lamp", "cars": "car", "furniture": "furniture"}
 LIBRARIES = {  # file: (licence, its address, who published it)
     "BlendSwap-CC-0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/",
@@ -240,29 +249,32 @@ def classify(entry):
     return "furniture"
 
 
+def catalogue_entry(properties, number, folder, library):
+    """Entry `number` of a library's catalogue as a dict; ids are the library and the model."""
+    model = folder / library / properties[f"model#{number}"].lstrip("/")
+    rotation = properties.get(f"modelRotation#{number}")
+    entry = {
+        "id": f"{library.lower()}-{re.sub(r'[^a-z0-9]+', '-', model.stem.lower())}",
+        "name": properties.get(f"name#{number}", model.stem),
+        "category": properties[f"category#{number}"],
+        "creator": properties[f"creator#{number}"],
+        "library": library,
+        "model": model,
+        "rotation": rotation and np.array(rotation.split(), np.float32).reshape(3, 3),
+    }
+    return {**entry, "class": classify(entry)}
+
+
 def read_catalogue(folder):
-    """All objects that are used: dicts with id, class, name, creator, library, model, rotation."""
-    objects = {}
+    """The entries of all libraries that belong to a class, sorted by id."""
+    entries = []
     for library in LIBRARIES:
-        base = folder / library
-        properties = read_properties(base / "PluginFurnitureCatalog.properties")
+        properties = read_properties(folder / library / "PluginFurnitureCatalog.properties")
         numbers = [key.partition("#")[2] for key in properties if key.startswith("model#")]
-        for number in numbers:
-            entry = {key: properties.get(f"{key}#{number}")
-                     for key in ("name", "category", "creator", "model", "modelRotation")}
-            model = base / entry["model"].lstrip("/")
-            entry["name"] = entry["name"] or model.stem
-            stem = re.sub(r"[^a-z0-9]+", "-", model.stem.lower())
-            identifier = f"{library.lower()}-{stem}"
-            rotation = entry["modelRotation"]
-            if rotation:
-                rotation = np.array(rotation.split(), np.float32).reshape(3, 3)
-            if (kind := classify(entry)) is not None:
-                assert identifier not in objects, f"two models are called {identifier}"
-                objects[identifier] = {
-                    "id": identifier, "class": kind, "name": entry["name"], "model": model,
-                    "creator": entry["creator"], "library": library, "rotation": rotation}
-    return [objects[key] for key in sorted(objects)]
+        entries += [catalogue_entry(properties, n, folder, library) for n in numbers]
+    used = sorted((e for e in entries if e["class"]), key=lambda e: e["id"])
+    assert len({e["id"] for e in used}) == len(used), "two models share an id"
+    return used
 
 
 def plain_words(text):
@@ -312,7 +324,7 @@ def render_object(entry):
     frames = [{"file_path": f"./r_{i}", "transform_matrix": pose.round(7).tolist()}
               for i, pose in enumerate(poses)]
     scene = {"camera_angle_x": ANGLE, "frames": frames}
-    files["transforms.json"] = json.dumps(scene, indent=1).encode()
+    files["transforms.json"] = json.dumps(scene).encode()
     coverage = np.mean([view[..., 3] for view in views]) / 255
     return files, coverage, fingerprint(mesh)
 
@@ -333,7 +345,7 @@ def split_objects(objects, fingerprints):
     kind = objects[0]["class"]
     wanted = max(MIN_TEST[kind], round(TEST_FRACTION * len(objects)))
     test = []
-    for group in sorted(set(groups), key=lambda name: stable_fraction(f"{kind}/{name}")):
+    for group in sorted(set(groups), key=lambda g: stable_fraction(f"held out/{kind}/{g}")):
         members = [entry["id"] for entry, name in zip(objects, groups) if name == group]
         if len(test) + len(members) <= wanted:
             test.extend(members)
@@ -359,10 +371,8 @@ def furniture_credits(objects):
 
 
 def unpack_furniture(package, folder):
-    """Fetch the package if none is given and unpack its libraries into folder/NAME."""
-    if package is None:
-        subprocess.run(["apt-get", "download", FURNITURE_PACKAGE], cwd=folder, check=True)
-        package = next(folder.glob("*.deb"))
+    """Unpack the libraries of the .deb into folder/NAME; None downloads it first."""
+    package = package or fetch(["apt-get", "download", FURNITURE_PACKAGE], folder)
     subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
     for library in LIBRARIES:
         path = folder / f"root/usr/share/sweethome3d/furniture/{library}.sh3f"
@@ -381,7 +391,7 @@ def furniture(package):
             try:
                 views, coverage, fingerprints[entry["id"]] = render_object(entry)
             except ValueError as error:
-                click.echo(f"left out {entry['id']}: unreadable ({error})")
+                click.echo(f"left out {entry['id']}: {error}")
                 continue
             if coverage < MIN_COVERAGE:
                 click.echo(f"left out {entry['id']}: covers {coverage:.1%} of its pictures")

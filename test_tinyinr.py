@@ -1,0 +1,1002 @@
+"""Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
+
+    python -m pytest -q
+"""
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import tinyinr
+from tinyinr import Config, build, make_config
+
+ROOT = Path(__file__).parent
+PARITY = ROOT / "data" / "parity"
+CELLS = [(task, model) for task in tinyinr.COORD_DIM for model in tinyinr.MODELS]
+SIZES = dict(dim=32, depth=2, heads=2, head_dim=16, ff_dim=48, groups=8, inr_depth=3, inr_width=32,
+             freqs=6, hidden=24, blocks=2, latent=5, cross_depth=2, cross_heads=2, cross_ff=40)
+
+
+def tiny(task, model, **given) -> torch.nn.Module:
+    """A small random model, with latents and styles that matter."""
+    torch.manual_seed(0)
+    shape = {"image": dict(image_size=16, patch=4, padding=0, freq_top=16.0),
+             "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
+             "gp": dict(grid=48, freq_top=16.0)}[task]
+    return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
+
+
+def poses(*shape, seed=0):
+    """Cameras on the sphere of radius 4, looking at the origin: (*shape, 3, 4)."""
+    eyes = torch.nn.functional.normalize(rand(*shape, 3, seed=seed) - 0.5, dim=-1) * 4
+    return torch.stack([tinyinr.look_at(e) for e in eyes.view(-1, 3)]).view(*shape, 3, 4)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def signals(task, batch=3, targets=7, size=16):
+    """Random context and query of a task."""
+    if task == "image":
+        return {"image": rand(batch, 3, size, size)}, {"coords": 2 * rand(batch, targets, 2, seed=1) - 1}
+    if task == "gp":
+        context = {"x": 4 * rand(batch, 9, 1) - 2, "y": rand(batch, 9, 1, seed=1)}
+        return context, {"x": 4 * rand(batch, targets, 1, seed=2) - 2}
+    focals = torch.full((batch, 2, 2), 20.0)
+    context = {"images": rand(batch, 2, 3, size, size), "poses": poses(batch, 2), "focals": focals}
+    o, d = tinyinr.camera_rays(poses(batch, seed=1), focals[:, 0], size, size)
+    pick = torch.arange(targets) * 31 % size**2
+    return context, {"rays_o": o.flatten(1, 2)[:, pick], "rays_d": d.flatten(1, 2)[:, pick]}
+
+
+def run(*args, code=0):
+    """The command line in this process: its output, after a check of the exit code."""
+    result = CliRunner().invoke(tinyinr.cli, [str(a) for a in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+# ------------------------------------------------------------------------- config and presets
+
+
+def test_groups_must_divide_the_width_and_the_remedy_is_valid():
+    with pytest.raises(ValueError, match=r"groups=48 must divide inr_width=256; try 16"):
+        Config(groups=48)
+    Config(groups=16)
+
+
+@pytest.mark.parametrize("field, value", [("task", "video"), ("model", "gan"), ("decay", "cosine"),
+                                          ("latent_pool", "none"), ("kernel", "white")])
+def test_an_unknown_choice_lists_the_known_ones(field, value):
+    with pytest.raises(ValueError, match=f"{field}='{value}' is unknown; choose from"):
+        Config(**{field: value})
+
+
+def test_paper_presets_have_the_papers_parameter_counts():
+    for preset, millions in (("transinr-celeba", 44.46), ("vnp-shapenet", 34.28)):
+        with torch.device("meta"):
+            model = build(make_config(preset))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        assert abs(count - millions) < 0.006, count
+
+
+# ------------------------------------------------------------------------- geometry and rays
+
+
+def test_pixel_grid_is_row_major_pixel_centres():
+    grid = tinyinr.pixel_grid(2, 4)
+    assert grid[0].tolist() == [-0.5, -0.75] and grid[1].tolist() == [-0.5, -0.25]
+    assert grid[4].tolist() == [0.5, -0.75] and len(grid) == 8
+
+
+def test_a_ray_goes_through_the_pixel_that_sees_the_point():
+    """Project a known point by hand; the ray of that pixel must pass through it."""
+    pose, focal, (height, width) = poses(1)[0], 40.0, (30, 50)
+    point = torch.tensor([0.3, -0.2, 0.5])
+    x, y, z = (pose[:, :3].T @ (point - pose[:, 3])).tolist()  # camera: x right, y up, looks at -z
+    column, row = width / 2 + focal * x / -z, height / 2 - focal * y / -z
+    o, d = tinyinr.camera_rays(pose, torch.tensor([focal, focal]), height, width)
+    assert o.shape == d.shape == (height, width, 3)
+    ray = d[int(row), int(column)]
+    depth = -z
+    offset = (o[0, 0] + depth * ray - point).norm().item()
+    assert offset < depth / focal  # within one pixel
+    exact = d[0, 0] + (column - 0.5) * (d[0, 1] - d[0, 0]) + (row - 0.5) * (d[1, 0] - d[0, 0])
+    torch.testing.assert_close(o[0, 0] + depth * exact, point, atol=1e-5, rtol=0)
+
+
+def test_opencv_poses_see_the_same_point_in_the_same_pixel():
+    pose = poses(1)[0]
+    opencv = pose.clone()
+    opencv[:, 1:3] *= -1  # y down, z forward
+    torch.testing.assert_close(tinyinr.opencv_to_opengl(opencv), pose)
+
+
+def test_look_at_is_a_rotation_that_sees_the_origin_upright():
+    pose = tinyinr.look_at(torch.tensor([2.0, -1.0, 3.0]))
+    r = pose[:, :3]
+    torch.testing.assert_close(r.T @ r, torch.eye(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(-r[:, 2] * pose[:, 3].norm(), -pose[:, 3], atol=1e-5, rtol=0)
+    assert r.det() > 0.99 and r[2, 1] > 0 and abs(r[2, 0]) < 1e-6
+
+
+def test_depths_are_even_jittered_and_per_signal():
+    o = torch.zeros(2, 1, 3)
+    z = tinyinr.sample_depths(o, o + 1, torch.tensor([2.0, 3.0]), 6.0, 5)
+    torch.testing.assert_close(z[:, 0], torch.tensor([[2.0, 3, 4, 5, 6], [3, 3.75, 4.5, 5.25, 6]]))
+    jittered = tinyinr.sample_depths(o, o + 1, 2.0, 6.0, 5, jitter=torch.full((2, 1, 1), 0.5))
+    torch.testing.assert_close(jittered[0, 0], torch.tensor([2.5, 3.5, 4.5, 5.5, 6.5]))
+
+
+def test_a_bounded_scene_is_sampled_inside_its_sphere_only():
+    o = torch.tensor([[[0.0, 0, 4], [0, 3, 4]]])
+    d = torch.tensor([[[0.0, 0, -1], [0, 0, -1]]])  # one ray through the middle, one that misses
+    z = tinyinr.sample_depths(o, d, 2.0, 6.0, 3, radius=1.0)
+    torch.testing.assert_close(z[0, 0], torch.tensor([3.0, 4.0, 5.0]))
+    assert (z[0, 1] == z[0, 1, 0]).all()
+
+
+# ------------------------------------------------------------------------- volume renderer
+
+
+def naive_render(rgb, sigma, z, background):
+    """One ray, point by point, as the formula in [1] reads, in float64."""
+    color, transmittance = np.zeros(3), 1.0
+    for i in range(len(z)):
+        delta = z[i + 1] - z[i] if i + 1 < len(z) else 1e-3
+        alpha = 1 - math.exp(-sigma[i] * delta)
+        color += transmittance * alpha * rgb[i]
+        transmittance *= 1 - alpha
+    return color + transmittance * background
+
+
+def test_renderer_equals_a_naive_loop():
+    rgb, sigma = rand(2, 5, 17, 3), 9 * rand(2, 5, 17, seed=1)
+    z = 2 + rand(2, 5, 17, seed=2).cumsum(-1)
+    color, depth, opacity = tinyinr.volume_render(rgb, sigma, z, background=0.7)
+    for b in range(2):
+        for r in range(5):
+            want = naive_render(*(v[b, r].double().numpy() for v in (rgb, sigma, z)), 0.7)
+            np.testing.assert_allclose(color[b, r].numpy(), want, atol=1e-6)
+    assert ((0 <= opacity) & (opacity <= 1)).all() and (depth <= z[..., -1]).all()
+
+
+def test_renderer_weights_by_hand():
+    sigma, z = torch.tensor([[[8.0, 1, 8, 1]]]), torch.tensor([[[0.0, 0.1, 0.2, 0.3]]])
+    rgb = torch.eye(4)[None, None, :, :3]  # the weights of the first three points
+    color, _, _ = tinyinr.volume_render(rgb, sigma, z, background=0.0)
+    np.testing.assert_allclose(color[0, 0].numpy(), [0.5507, 0.0428, 0.2239], atol=1e-4)
+
+
+def test_empty_space_is_white_and_the_gradient_behind_an_opaque_point_is_finite():
+    z = torch.linspace(2, 6, 8).expand(1, 1, 8)
+    assert (tinyinr.volume_render(rand(1, 1, 8, 3), torch.zeros(1, 1, 8), z)[0] == 1).all()
+    with torch.enable_grad():
+        sigma = torch.tensor([[[0.0, 1e6, 5, 5, 5, 5, 5, 5]]], requires_grad=True)
+        tinyinr.volume_render(rand(1, 1, 8, 3), sigma, z)[0].sum().backward()
+    assert sigma.grad.isfinite().all()
+
+
+def test_renderer_gradient_in_float64():
+    with torch.enable_grad():
+        rgb = rand(1, 2, 5, 3).double().requires_grad_()
+        sigma = rand(1, 2, 5, seed=1).double().requires_grad_()
+        z = torch.linspace(2, 6, 5, dtype=torch.float64).expand(1, 2, 5)
+        assert torch.autograd.gradcheck(lambda *a: tinyinr.volume_render(*a, z)[0], (rgb, sigma))
+
+
+# ------------------------------------------------------------------------- Transformer
+
+
+def test_attention_equals_softmax_by_hand():
+    q, k, v = rand(2, 3, 8), rand(2, 5, 8, seed=1), rand(2, 5, 8, seed=2)
+    out = tinyinr.attend(q, k, v, heads=2)
+    for head in range(2):
+        s = slice(4 * head, 4 * head + 4)
+        weights = (q[..., s] @ k[..., s].transpose(1, 2) / 2).softmax(-1)
+        torch.testing.assert_close(out[..., s], weights @ v[..., s])
+
+
+def test_block_equals_pytorchs_own_layer():
+    """nn.TransformerEncoderLayer, pre-norm and GELU, with the same weights."""
+    block = tinyinr.Block(Config(dim=32, heads=4, head_dim=8, ff_dim=48))
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, 0, "gelu", batch_first=True, norm_first=True)
+    state = {"self_attn.in_proj_weight": block.qkv.weight, "self_attn.in_proj_bias": torch.zeros(96)}
+    for ours, theirs in (("out", "self_attn.out_proj"), ("ff1", "linear1"), ("ff2", "linear2"),
+                         ("norm1", "norm1"), ("norm2", "norm2")):
+        state |= {f"{theirs}.{k}": v for k, v in getattr(block, ours).named_parameters()}
+    layer.load_state_dict(state)
+    x = rand(2, 6, 32)
+    torch.testing.assert_close(block(x), layer.train()(x), atol=1e-6, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------- tokenizers
+
+
+def test_patches_equal_a_strided_convolution():
+    tokenizer = tiny("image", "transinr", patch=6, padding=1, image_size=16).tokenizer.patches
+    image = rand(2, 3, 16, 16)
+    kernel = tokenizer.proj.weight.view(-1, 3, 6, 6)
+    want = torch.nn.functional.conv2d(image, kernel, tokenizer.proj.bias, stride=6, padding=1)
+    want = want.flatten(2).transpose(1, 2) + tokenizer.pos
+    torch.testing.assert_close(tokenizer(image), want, atol=1e-5, rtol=1e-5)
+
+
+def test_set_convolution_equals_a_loop():
+    tokenizer = tiny("gp", "vnp").tokenizer.set
+    x, y = 4 * rand(1, 5, 1) - 2, rand(1, 5, 1, seed=1)
+    out = tokenizer.set_conv(x, y)
+    scales = tokenizer.log_scale.exp().tolist()
+    for s, scale in enumerate(scales):
+        for g in (0, 20, 47):
+            w = [math.exp(-0.5 * ((float(a) - float(tokenizer.points[g])) / scale) ** 2) for a in x[0]]
+            signal = sum(a * float(b) for a, b in zip(w, y[0])) / (sum(w) + 1e-4)
+            assert abs(float(out[0, s, g]) - signal) < 1e-5
+            assert abs(float(out[0, len(scales) + s, g]) - math.log1p(sum(w))) < 1e-5
+
+
+def test_number_of_tokens_does_not_depend_on_the_number_of_context_points():
+    tokenizer = tiny("gp", "vnp").tokenizer
+    shapes = {tuple(tokenizer({"x": rand(2, n, 1), "y": rand(2, n, 1)}).shape) for n in (0, 1, 40)}
+    assert shapes == {(2, 12, 32)}
+
+
+def test_masked_points_and_pixels_have_no_influence():
+    model = tiny("gp", "vnp")
+    context, query = signals("gp")
+    padded = {k: torch.cat((v, 9 * rand(3, 4, 1, seed=5)), 1) for k, v in context.items()}
+    padded["mask"] = torch.cat((torch.ones(3, 9), torch.zeros(3, 4)), 1)
+    want, got = (model.decode(model.encode(c), query) for c in (context, padded))
+    torch.testing.assert_close(got.mean, want.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.std, want.std, atol=1e-5, rtol=1e-5)
+    for name in tinyinr.MODELS:
+        model, (context, query) = tiny("image", name, context=(0.1, 0.9)), signals("image")
+        context["mask"] = (rand(3, 1, 16, 16, seed=3) < 0.5).float()
+        other = context | {"image": context["image"] + 7 * (1 - context["mask"])}
+        want, got = (model.decode(model.encode(c), query).mean for c in (context, other))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_needs_a_model_that_reads_masks():
+    model, (context, _) = tiny("image", "transinr"), signals("image")
+    with pytest.raises(ValueError, match="--context"):
+        model.encode(context | {"mask": torch.ones(3, 1, 16, 16)})
+
+
+# ------------------------------------------------------------------------- INR and TransINR
+
+
+def test_positional_encoding_order():
+    x, w = torch.tensor([[0.3, -0.7]]), torch.tensor([1.0, 5.0])
+    angles = [math.pi * a * b for a in (0.3, -0.7) for b in (1.0, 5.0)]
+    want = torch.tensor([[*map(math.cos, angles), *map(math.sin, angles)]])
+    torch.testing.assert_close(tinyinr.positional_encoding(x, w), want)
+
+
+def test_batched_inr_equals_linear_layers_signal_by_signal():
+    model, (context, query) = tiny("image", "transinr"), signals("image")
+    code = model.encode(context)
+    out = tinyinr.inr(code, query["coords"], model.freqs)
+    for b in range(3):
+        h = tinyinr.positional_encoding(query["coords"][b], model.freqs)
+        for i, wb in enumerate(code.values()):
+            h = torch.nn.functional.linear(h.relu() if i else h, wb[b, :-1].T, wb[b, -1])
+        torch.testing.assert_close(out[b], h + 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_inr_says_which_frequencies_it_lacks():
+    code = tiny("image", "transinr").encode(signals("image")[0])
+    with pytest.raises(ValueError, match="freqs"):
+        tinyinr.inr(code, torch.zeros(3, 2, 2), torch.ones(5))
+
+
+def test_generated_columns_share_tokens_by_group_and_have_unit_norm():
+    """Column c is normalize(W[:, c] x_{c mod g}): written out by hand."""
+    model = tiny("image", "transinr")
+    tokens = rand(2, 8, 32)
+    x = model.heads["wb1"](tokens)  # (B, g, in)
+    wb = model.write("wb1", tokens)
+    for c in (0, 7, 8, 31):
+        column = model.base["wb1"][:-1, c] * x[1, c % 8]
+        torch.testing.assert_close(wb[1, :-1, c], column / column.norm(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(wb[0, -1], model.base["wb1"][-1])  # the bias is not generated
+
+
+def test_identity_head_starts_from_the_base_weights():
+    model = tiny("image", "transinr", identity_head=True)
+    wb = model.encode(signals("image")[0])["wb1"][:, :-1]
+    base = torch.nn.functional.normalize(model.base["wb1"][:-1], dim=0)
+    assert (wb - base).abs().max() < 0.2 and (wb - base).abs().max() > 0
+
+
+# ------------------------------------------------------------------------- VNP
+
+
+def test_modulated_linear_equals_a_loop_over_samples():
+    layer = tinyinr.ModLinear(6, 4, 5, active=True)
+    torch.nn.init.normal_(layer.bias)
+    x, style = rand(3, 7, 6) - 0.5, rand(3, 1, 5, seed=1)
+    out = layer(x, style)
+    for b in range(3):
+        s = style[b, 0] @ (layer.modulation.weight / math.sqrt(5)).T + layer.modulation.bias
+        w = layer.weight * s / math.sqrt(6)
+        w = w / torch.sqrt((w**2).sum(1, keepdim=True) + 1e-8)
+        want = torch.nn.functional.leaky_relu(x[b] @ w.T + layer.bias, 0.2) * 2**0.5
+        torch.testing.assert_close(out[b], want, atol=1e-5, rtol=1e-5)
+
+
+def test_kl_equals_torch_distributions_and_is_zero_for_equal_ones():
+    q, p = (tinyinr.Gaussian(rand(4, 1, 6, seed=i) - 0.5, 0.1 + rand(4, 1, 6, seed=i + 9)) for i in (0, 1))
+    normal = torch.distributions.Normal
+    want = torch.distributions.kl_divergence(normal(*q), normal(*p)).sum((1, 2))
+    torch.testing.assert_close(tinyinr.kl_divergence(q, p), want)
+    assert (tinyinr.kl_divergence(q, q) == 0).all()
+
+
+@pytest.mark.parametrize("task", tinyinr.COORD_DIM)
+def test_latents_drawn_once_give_the_same_values_as_noise(task):
+    model, (context, query) = tiny(task, "vnp"), signals(task)
+    code, eps = model.encode(context), torch.randn(2, 3, 1, 5)
+    z, kl = model.latents(code, query, eps)
+    assert z.shape == (2, 3, 1, 5) and (kl == 0).all()
+    torch.testing.assert_close(model.decode(code, query, z=z).mean, model.decode(code, query, eps).mean)
+    target = rand(3, 7, tinyinr.VALUE_DIM[task] if task != "nvs" else 3, seed=4)
+    z, kl = model.latents(code, query, eps, target)
+    assert kl.shape == (3,) and (kl > 0).all()
+    prediction, again = model.elbo(code, query, target, eps)
+    torch.testing.assert_close(prediction.mean, model.decode(code, query, z=z).mean)
+    torch.testing.assert_close(again, kl)
+
+
+def test_samples_side_by_side_equal_draws_one_by_one():
+    model, (context, query) = tiny("gp", "vnp"), signals("gp")
+    code, eps = model.encode(context), torch.randn(2, 3 * 4, 1, 5)
+    many = model.decode(code, query, eps, samples=4)
+    for s in range(4):
+        one = model.decode(code, query, eps[:, s::4])
+        torch.testing.assert_close(many.mean[s::4], one.mean, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------- all six cells
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_a_batch_of_three_equals_three_batches_of_one(task, name):
+    model, (context, query) = tiny(task, name), signals(task)
+    whole = model.decode(model.encode(context), query)
+    for b in range(3):
+        one = [{k: v[b : b + 1] for k, v in x.items()} for x in (context, query)]
+        part = model.decode(model.encode(one[0]), one[1])
+        for a, w in zip(part, whole):
+            assert (a is None) == (w is None)
+            if a is not None:
+                torch.testing.assert_close(a, w[b : b + 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_targets_are_independent_of_each_other_and_of_their_order(task, name):
+    model, (context, query) = tiny(task, name), signals(task)
+    code = model.encode(context)
+    whole, order = model.decode(code, query).mean, torch.tensor([4, 0, 6])
+    part = model.decode(code, {k: v[:, order] for k, v in query.items()}).mean
+    torch.testing.assert_close(part, whole[:, order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", tinyinr.MODELS)
+def test_curves_do_not_depend_on_the_order_of_the_context(name):
+    model, (context, query) = tiny("gp", name), signals("gp")
+    order = torch.randperm(9)
+    a, b = (model.decode(model.encode(c), query).mean
+            for c in (context, {k: v[:, order] for k, v in context.items()}))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", tinyinr.MODELS)
+def test_an_empty_context_gives_finite_predictions(name):
+    model, (_, query) = tiny("gp", name), signals("gp")
+    empty = {"x": torch.zeros(3, 0, 1), "y": torch.zeros(3, 0, 1)}
+    prediction = model.decode(model.encode(empty), query)
+    assert prediction.mean.isfinite().all() and (prediction.std > 0).all()
+    model = tiny("image", name, context=(0.0, 0.5))
+    blind = {"image": rand(2, 3, 16, 16), "mask": torch.zeros(2, 1, 16, 16)}
+    values = model.decode(model.encode(blind), {"coords": torch.zeros(2, 4, 2)}).mean
+    torch.testing.assert_close(values[0], values[1])  # the prior: the same for all
+
+
+@pytest.mark.parametrize("name", tinyinr.MODELS)
+def test_a_chunked_picture_equals_an_unchunked_one_exactly(name):
+    model, (context, _) = tiny("nvs", name), signals("nvs", batch=1)
+    o, d = (r.flatten(1, 2) for r in tinyinr.camera_rays(poses(1), torch.tensor([[20.0, 20.0]]), 24, 24))
+    code = model.encode(context)
+    whole, *cut = (tinyinr.predict(model, code, {"rays_o": o, "rays_d": d}, chunk=c).mean
+                   for c in (1 << 30, 64 * 12, 200 * 12))
+    assert all(torch.equal(c, whole) for c in cut)
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_float64_agrees_with_float32(task, name):
+    model, (context, query) = tiny(task, name), signals(task)
+    single = model.decode(model.encode(context), query).mean
+    double = lambda x: {k: v.double() for k, v in x.items()}
+    model.double()
+    exact = model.decode(model.encode(double(context)), double(query)).mean
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- official checkpoints
+
+
+def fixture(name):
+    """Model and stored arrays of an official program's run."""
+    arrays = {k: torch.from_numpy(np.array(v)) for k, v in np.load(PARITY / f"{name}.npz").items()}
+    return tinyinr.load(PARITY / f"{name}.pth"), arrays
+
+
+def assert_near(a, b):
+    assert a.shape == b.shape and (a - b).abs().max() <= 1e-5, (a - b).abs().max()
+
+
+def test_official_transinr_image_outputs():
+    model, f = fixture("transinr_image_1")
+    code = model.encode({"image": f["in.image"]})
+    for name, wb in code.items():
+        assert_near(wb, f[f"weights.{name}"])
+    assert_near(model.decode(code, {"coords": f["in.coords"]}).mean, f["out.rgb"])
+    assert_near(tinyinr.inr(code, f["in.coords"]), f["out.rgb"])
+    grid = tinyinr.pixel_grid(22, 22).expand(2, -1, -1)
+    assert_near(model.decode(code, {"coords": grid}).mean, f["out.grid_rgb"].flatten(1, 2))
+
+
+def views(f):
+    context = {k: f[f"in.{k}"] for k in ("images", "poses", "focals")}
+    return context, {k: f[f"in.{k}"] for k in ("rays_o", "rays_d", "near", "far", "points_per_ray")}
+
+
+def test_official_transinr_view_synthesis_outputs():
+    model, f = fixture("transinr_nvs_1")
+    context, query = views(f)
+    o, d = tinyinr.camera_rays(f["in.query_pose"], f["in.query_focal"], 24, 24)
+    assert_near(o.flatten(1, 3)[:, f["in.ray_index"]], query["rays_o"])
+    assert_near(d.flatten(1, 3)[:, f["in.ray_index"]], query["rays_d"])
+    code = model.encode(context)
+    for name, wb in code.items():
+        assert_near(wb, f[f"weights.{name}"])
+    assert_near(tinyinr.inr(code, f["in.points"]), f["out.raw"])
+    assert_near(model.decode(code, query).mean, f["out.rgb"])
+
+
+def test_official_vnp_outputs():
+    model, f = fixture("vnp_1")
+    context, query = views(f)
+    code = model.encode(context)
+    assert_near(model.decode(code, query, eps=f["in.eps_prior"]).mean, f["out.rgb_prior"])
+    z, kl = model.latents(code, query, f["in.eps_posterior"], f["in.target_rgb"])
+    assert_near(kl.unsqueeze(1), f["out.kl"])
+    assert_near(model.decode(code, query, z=z).mean, f["out.rgb_posterior"])
+
+
+# ------------------------------------------------------------------------- data
+
+
+def picture(size=(20, 12), color=(200, 30, 60), mode="RGB"):
+    return Image.new(mode, size, color)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photos(folder, count=4, size=24):
+    """A folder of smooth pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        small = (rand(3, 3, 3, seed=i) * 255).byte().numpy()
+        Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
+    return folder
+
+
+def test_decoding_crops_the_centre_of_the_shorter_side():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255
+    out = tinyinr.decode_image(encoded(Image.fromarray(image)), 10)
+    assert out.shape == (10, 10, 3) and (out == 255).all()
+
+
+def test_decoding_knows_every_kind_of_picture():
+    decode = lambda data: tinyinr.decode_image(data, 12)[6, 6].tolist()
+    assert decode(encoded(picture(color=90, mode="L"))) == [90, 90, 90]
+    assert decode(encoded(picture(color=(0, 0, 0, 0), mode="RGBA"))) == [255, 255, 255]
+    assert decode(encoded(picture(color=(0, 0, 0, 128), mode="RGBA")))[0] in (126, 127, 128)
+    assert decode(encoded(picture().convert("P"))) == pytest.approx([200, 30, 60], abs=40)
+    assert decode(encoded(picture(color=50000, mode="I;16"))) == [50000 >> 8] * 3
+    assert decode(encoded(picture(color=(0, 255, 255, 0), mode="CMYK"), "JPEG"))[0] > 200
+    assert decode(encoded(picture(), "WEBP", lossless=True)) == [200, 30, 60]
+
+
+def test_decoding_obeys_exif_orientation():
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, :10] = 255  # left half white; orientation 6 turns left to top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = tinyinr.decode_image(encoded(Image.fromarray(image), exif=exif), 10, crop=False)
+    assert out.shape == (20, 10, 3) and out[2].min() == 255 and out[17].max() == 0
+
+
+def test_a_picture_smaller_than_the_patch_grid_is_refused():
+    with pytest.raises(ValueError, match="7 x 5 pixels are fewer than the 8 x 8 patches"):
+        tinyinr.decode_image(encoded(picture((7, 5))), 64, least=8)
+
+
+def test_epochs_are_permutations_and_any_step_can_be_drawn_alone():
+    run = [tinyinr.draws(7, 3, 0, step) for step in range(7)]
+    flat = [i for batch in run for i in batch]
+    assert all(sorted(flat[7 * e : 7 * e + 7]) == list(range(7)) for e in range(3))
+    assert flat[:7] != flat[7:14] and run[5] == tinyinr.draws(7, 3, 0, 5)
+
+
+def image_config(**given):
+    return Config(**SIZES | dict(image_size=16, patch=4, padding=0, freq_top=16.0, batch_size=2,
+                                 identity_init=True, minutes=0.0, steps=4) | given)
+
+
+def test_celeba_has_its_official_split(tmp_path):
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    for i in (1, 162770, 162771, 182637, 182638, 202599):
+        picture((16, 16)).save(folder / f"{i:06}.jpg")
+    names = {s: [int(Path(n).stem) for n in tinyinr.ImageData(image_config(), tmp_path, s).names]
+             for s in ("train", "val", "test")}
+    assert names == {"train": [1, 162770], "val": [162771, 182637], "test": [182638, 202599]}
+
+
+def test_trees_with_folders_and_without_are_split_without_overlap(tmp_path):
+    photos(tmp_path / "a" / "train" / "cat"), photos(tmp_path / "a" / "val" / "cat", 2)
+    sizes = [len(tinyinr.ImageData(image_config(), tmp_path / "a", s)) for s in ("train", "test")]
+    assert sizes == [4, 2]  # Imagenette's val is its test split
+    photos(tmp_path / "b", 20)
+    train, test = (tinyinr.ImageData(image_config(), tmp_path / "b", s).names for s in ("train", "test"))
+    assert len(train) == 18 and len(test) == 2 and not set(train) & set(test)
+
+
+def test_random_crops_depend_on_the_step_alone(tmp_path):
+    photos(tmp_path, 4)
+    Image.open(tmp_path / "p0.png").resize((64, 24)).save(tmp_path / "p0.png")
+    data = tinyinr.ImageData(image_config(random_crop=True), tmp_path, "train")
+    crops = [data[0, step] for step in (1, 1, 2, 3, 4)]
+    assert torch.equal(crops[0], crops[1]) and any(not torch.equal(crops[0], c) for c in crops[2:])
+
+
+def test_a_training_batch_holds_the_pixels_at_its_coordinates(tmp_path):
+    data = tinyinr.ImageData(image_config(queries=30), photos(tmp_path, 5), "train")
+    context, query, target = next(data.batches("cpu"))
+    sampled = torch.nn.functional.grid_sample(  # an independent reader: (x, y) in [-1, 1]
+        context["image"], query["coords"].flip(-1)[None].expand(2, 1, -1, -1).reshape(2, 1, -1, 2),
+        mode="nearest", align_corners=False)
+    torch.testing.assert_close(sampled[:, :, 0].transpose(1, 2), target)
+
+
+def test_workers_give_the_same_batches_as_memory(tmp_path, monkeypatch):
+    data = tinyinr.ImageData(image_config(), photos(tmp_path, 7), "train")
+    want = [next(data.batches("cpu", start))[2] for start in (0, 1)]
+    data.pixels = None
+    stream = data.batches("cpu")
+    for w in want:
+        torch.testing.assert_close(next(stream)[2], w)
+
+
+def write_scene(folder, count=4, size=16, angle=0.6, **change):
+    """A scene of a colored ball of radius 0.7, rendered exactly by intersecting rays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frames, focal = [], 0.5 * size / math.tan(angle / 2)
+    for i, pose in enumerate(poses(count, seed=7)):
+        o, d = tinyinr.camera_rays(pose, torch.tensor([focal, focal]), size, size)
+        middle = -(o * d).sum(-1) / d.square().sum(-1)
+        hit = (o + middle[..., None] * d).norm(dim=-1) < 0.7
+        rgba = torch.cat((torch.tensor([0.8, 0.3, 0.1]).expand(size, size, 3), hit[..., None]), -1)
+        Image.fromarray((rgba * 255).byte().numpy()).save(folder / f"r_{i}.png")
+        matrix = [*pose.tolist(), [0, 0, 0, 1]]
+        frames.append({"file_path": f"./r_{i}", "transform_matrix": matrix})
+    meta = {"camera_angle_x": angle, "frames": frames} | change
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_scenes_are_read_with_the_cameras_convention(tmp_path):
+    """The ball is at the origin: the pixels that it covers are those whose rays pass near it."""
+    write_scene(tmp_path / "balls" / "a")
+    images, cameras, focals = tinyinr.read_scene(tinyinr.Tree(tmp_path), "balls/a", 16)
+    assert images.shape == (4, 3, 16, 16) and cameras.shape == (4, 3, 4)
+    o, d = tinyinr.camera_rays(cameras, focals, 16, 16)
+    near = torch.linalg.cross(o, d).norm(dim=-1) / d.norm(dim=-1)  # distance of ray and origin
+    assert ((near < 0.7) == (images[:, 2] < 255)).all()
+
+
+def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
+    """After augmentation the picture is what the moved camera sees of the moved world."""
+    images, cameras = rand(6, 2, 3, 8, 8), poses(6, 2)
+    focals = torch.full((6, 2, 2), 9.0)
+    moved_images, moved = tinyinr.augment_scenes(images, cameras, torch.Generator().manual_seed(1))
+    r = moved[..., :3]
+    torch.testing.assert_close(r @ r.mT, torch.eye(3).expand(6, 2, 3, 3), atol=1e-5, rtol=0)
+    assert (r.det() > 0.99).all()
+    d = tinyinr.camera_rays(cameras, focals, 8, 8)[1]
+    e = tinyinr.camera_rays(moved, focals, 8, 8)[1]
+    for b in range(6):
+        mirrored = not torch.allclose(moved_images[b].sum(1), images[b].sum(1))
+        want = d[b].flip(-2) if mirrored else d[b]  # (V, H, W, 3) before the world moved
+        a, c = want.reshape(-1, 3), e[b].reshape(-1, 3)
+        torch.testing.assert_close(a @ a.T, c @ c.T, atol=1e-4, rtol=1e-4)  # the same up to a motion
+        torch.testing.assert_close(a[:, 2], c[:, 2], atol=1e-5, rtol=1e-4)  # up stays up
+
+
+def test_curves_have_the_covariance_of_their_kernel():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.tensor([[[0.0], [0.3]]], dtype=torch.float64)
+    hyper = [torch.full((1, 1, 1), v, dtype=torch.float64) for v in (0.4, 0.8, 0.25)]
+    by_hand = {"rbf": 0.64 * math.exp(-0.5 * (0.3 / 0.4) ** 2),
+               "matern52": 0.64 * (1 + 5**0.5 * 0.75 + 5 / 3 * 0.75**2) * math.exp(-(5**0.5) * 0.75),
+               "periodic": 0.64 * math.exp(-2 * (math.sin(math.pi * 0.3 / 0.25) / 0.4) ** 2)}
+    for kernel, want in by_hand.items():
+        k = tinyinr.covariance(kernel, x, x, *hyper)[0]
+        assert abs(float(k[0, 1]) - want) < 1e-12 and abs(float(k[0, 0]) - 0.64) < 1e-12
+    _, y, (_, scale, _) = tinyinr.draw_curves("rbf", 4000, 5, gen)
+    assert abs(float((y / (scale**2 + 0.02**2).sqrt()).std()) - 1) < 0.03
+
+
+def test_gp_posterior_equals_conditioning_by_numpy():
+    gen = torch.Generator().manual_seed(1)
+    x, y, hyper = tinyinr.draw_curves("matern52", 1, 9, gen)
+    mean, std = tinyinr.gp_posterior("matern52", x[:, :6], y[:, :6], x[:, 6:], hyper)
+    k = tinyinr.covariance("matern52", x, x, *hyper)[0].numpy() + 0.02**2 * np.eye(9)
+    inverse = np.linalg.inv(k[:6, :6])
+    np.testing.assert_allclose(mean[0].numpy(), k[6:, :6] @ inverse @ y[0, :6].numpy(), atol=1e-8)
+    cov = k[6:, 6:] - k[6:, :6] @ inverse @ k[:6, 6:]
+    np.testing.assert_allclose(std[0, :, 0].numpy() ** 2, np.diag(cov), atol=1e-8)
+
+
+# ------------------------------------------------------------------------- losses and metrics
+
+
+def test_psnr_and_likelihood_by_hand():
+    a, b = torch.full((1, 4, 3), 0.6), torch.full((1, 4, 3), 0.5)
+    assert abs(float(tinyinr.psnr(a, b)) - 20) < 1e-4
+    assert float(tinyinr.psnr(a + 1, torch.ones(1, 4, 3))) > 100 > float(tinyinr.psnr(a + 1, b + 0.5, False))
+    mean, std, y = rand(2, 5, 1), 0.1 + rand(2, 5, 1, seed=1), rand(2, 5, 1, seed=2)
+    want = torch.distributions.Normal(mean, std).log_prob(y)
+    torch.testing.assert_close(tinyinr.log_likelihood(tinyinr.Prediction(mean, std), y), want)
+
+
+# ------------------------------------------------------------------------- training
+
+
+def test_the_schedules():
+    step = Config(warmup=10)
+    assert tinyinr.schedule(step, 0, 0.0) == pytest.approx(0.1)
+    assert tinyinr.schedule(step, 50, 0.79) == 1 and tinyinr.schedule(step, 50, 0.8) == pytest.approx(0.1)
+    linear = Config(decay="linear", hold=0.5)
+    values = [tinyinr.schedule(linear, 0, p) for p in (0.0, 0.5, 0.75, 1.0)]
+    assert values == pytest.approx([1, 1, 0.5, 0])
+
+
+def test_every_parameter_has_one_optimizer_and_muon_gets_the_matrices():
+    cfg = image_config(muon_lr=0.02)
+    model = build(cfg)
+    adam, muon = tinyinr.optimizers(model, cfg, tinyinr.choose_device("cpu"))
+    ids = [id(p) for o in (adam, muon) for g in o.param_groups for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert len(muon.param_groups[0]["params"]) == 4 * cfg.depth
+
+
+def test_device_choices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cuda.*cpu or auto"):
+        tinyinr.choose_device("cuda")
+    for amx, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+        assert tinyinr.choose_device("cpu").dtype is dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    device = tinyinr.choose_device("auto")
+    torch.set_float32_matmul_precision(before)
+    assert (device.name, device.dtype, device.fused) == ("cuda", torch.bfloat16, True)
+
+
+TRAIN = ["train", "--task", "image", "--device", "cpu", "--batch-size", "2", "--set", "image_size=16",
+         "--set", "patch=4", "--set", "dim=32", "--set", "depth=1", "--set", "heads=2",
+         "--set", "head_dim=16", "--set", "ff_dim=32", "--set", "inr_width=16", "--set", "groups=4",
+         "--set", "queries=64"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run on a folder of photos: (photos, run folder)."""
+    folder = tmp_path_factory.mktemp("trained")
+    photos(folder / "photos", 12)
+    with torch.enable_grad():
+        run(*TRAIN, "--data", folder / "photos", "--steps", 6, "--out", folder / "run")
+    return folder / "photos", folder / "run"
+
+
+def test_training_leaves_checkpoint_log_and_picture(trained):
+    data, out = trained
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "samples.png"]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 6 and {"loss", "psnr", "lr", "ms", "signals_per_s"} <= set(rows[-1])
+    assert Image.open(out / "samples.png").size[0] > 64
+    output = run("eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json", "--device", "cpu")
+    scores = json.loads((out.parent / "s.json").read_text())
+    assert scores["all"]["pictures"] == 2 and "psnr_unclamped" in output
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
+    data, straight = trained
+    with torch.enable_grad():
+        run(*TRAIN, "--data", data, "--steps", 6, "--out", tmp_path, "--set", "save_every=0")
+        ckpt = torch.load(straight / "ckpt.pt", weights_only=True)
+        cfg = tinyinr.Config(**ckpt["config"])
+        device = tinyinr.choose_device("cpu")
+        half = tinyinr.Run(cfg, device)  # stop after three steps, save, begin anew, go on
+        stream = tinyinr.ImageData(cfg, data).batches("cpu")
+        for _ in range(3):
+            half.update(next(stream), half.step / 6)
+        half.save(tmp_path / "half.pt")
+        rest = tinyinr.Run(cfg, device, tinyinr.read_checkpoint(tmp_path / "half.pt"))
+        stream = tinyinr.ImageData(cfg, data).batches("cpu", rest.step)
+        for _ in range(3):
+            rest.update(next(stream), rest.step / 6)
+    again = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    for name, value in ckpt["model"].items():
+        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, rest.model.state_dict()[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    photos(tmp_path / "photos", 12)
+    args = (*TRAIN, "--data", tmp_path / "photos", "--out", tmp_path / "run", "--set", "clip=1e30")
+    with torch.enable_grad():
+        run(*args, "--steps", 3)
+        good = (tmp_path / "run" / "ckpt.pt").read_bytes()
+        ckpt = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+        cfg = tinyinr.Config(**ckpt["config"])
+        broken = tinyinr.Run(cfg, tinyinr.choose_device("cpu"), ckpt)
+        batch = next(tinyinr.ImageData(cfg, tmp_path / "photos").batches("cpu"))
+        broken.update((batch[0], batch[1], batch[2] * math.inf), 0.5)
+        with pytest.raises(tinyinr.RunFailed, match="the loss of step 3 is not finite"):
+            broken.save(tmp_path / "run" / "ckpt.pt")
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(trained, tmp_path, monkeypatch):
+    model = tinyinr.load(trained[1] / "ckpt.pt")
+    state = tinyinr.Run(model.cfg, tinyinr.choose_device("cpu"))
+    state.save(tmp_path / "ckpt.pt")
+    good = (tmp_path / "ckpt.pt").read_bytes()
+
+    def full(self, data):
+        with open(self, "wb") as f:
+            f.write(bytes(data)[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").read_bytes() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def start(*args):
+    """The command line in a process of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "tinyinr.py", *map(str, args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    assert path.exists(), process.stdout.read()
+
+
+def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_loads(tmp_path):
+    photos(tmp_path / "photos", 12)
+    args = (*TRAIN, "--data", tmp_path / "photos", "--steps", 100000, "--out", tmp_path / "run",
+            "--set", "save_every=0.01")
+    process = start(*args)
+    wait_for(tmp_path / "run" / "ckpt.pt", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in output, output
+    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    process = start(*args, "--resume")
+    time.sleep(4)
+    for _ in range(3):
+        time.sleep(0.15)
+        tinyinr.load(tmp_path / "run" / "ckpt.pt")  # at any moment the file is whole
+    process.kill()
+    process.communicate()
+    tinyinr.load(tmp_path / "run" / "ckpt.pt")
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] > step
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_every_cell_learns(task, name, tmp_path):
+    """A few signals, fitted within seconds: far better than at the start, and the context matters."""
+    torch.manual_seed(0)
+    small = dict(batch_size=4, queries=64, lr=3e-3, identity_init=True, decay="linear", clip=1.0)
+    if task == "image":
+        cfg = image_config(model=name, **small)
+        data = tinyinr.ImageData(cfg, photos(tmp_path, 5), "train")
+    elif task == "nvs":
+        for i, angle in enumerate((0.5, 0.6, 0.7, 0.8)):
+            write_scene(tmp_path / "balls" / str(i), angle=angle)
+        (tmp_path / "ball_splits.json").write_text(json.dumps({"train": list("0123"), "test": ["0"]}))
+        cfg = image_config(task="nvs", model=name, points_per_ray=12, radius=1.0, density_gain=20.0,
+                           beta=1e-3, **small)
+        data = tinyinr.SceneData(cfg, tmp_path, "train")
+    else:
+        cfg = Config(task="gp", model=name, **SIZES | small | dict(freq_top=16.0, queries=20))
+        data = tinyinr.CurveData(cfg)
+    with torch.enable_grad():
+        training, stream = tinyinr.Run(cfg, tinyinr.choose_device("cpu")), data.batches("cpu")
+        losses = [float(training.update(next(stream), i / 80)[1]) for i in range(80)]
+    first, last = np.mean(losses[:5]), np.mean(losses[-10:])
+    assert last < (0.75 if task == "gp" else 0.4) * first, (first, last)
+    context, query, target = next(stream)
+    model = training.model.eval()
+    error = lambda c: float((model.decode(model.encode(c), query).mean - target).square().mean())
+    wrong = {k: v.roll(1, 0) for k, v in context.items()}
+    if task != "nvs":  # the balls are all alike
+        assert error(wrong) > 1.2 * error(context)
+
+
+# ------------------------------------------------------------------------- test-time optimisation
+
+
+def test_optimisation_lowers_the_error_on_the_context_of_every_signal():
+    model = tiny("nvs", "transinr", tto_lr=1e-2)
+    context, _ = signals("nvs")
+    code = model.encode(context)
+    query, values, _ = tinyinr.observations(model.cfg, context)
+    error = lambda c: (model.decode(c, query).mean - values).square().mean((1, 2))
+    refined = tinyinr.optimise(model, code, context, 20)
+    assert (error(refined) < error(code)).all()
+    assert all(not torch.equal(refined[k], code[k]) for k in code)
+
+
+# ------------------------------------------------------------------------- command line
+
+
+def test_render_and_inspect_draw_pictures_of_the_asked_size(trained, tmp_path):
+    data, out = trained
+    for size in (20, 300):
+        run("render", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "r.png", "--size", size)
+        assert Image.open(tmp_path / "r.png").size == (size, size)
+    run("inspect", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "i.png")
+    assert Image.open(tmp_path / "i.png").size[0] > 192 * 5
+
+
+def test_render_agrees_with_decode(trained, tmp_path):
+    data, out = trained
+    run("render", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "r.png", "--size", 40)
+    model = tinyinr.load(out / "ckpt.pt")
+    code = model.encode(tinyinr.read_context(model, data / "p0.png"))
+    want = model.decode(code, {"coords": tinyinr.pixel_grid(40, 40)[None]}).mean.view(40, 40, 3)
+    got = torch.from_numpy(np.array(Image.open(tmp_path / "r.png"))) / 255
+    torch.testing.assert_close(got, want.clamp(0, 1), atol=0.5 / 255 + 1e-5, rtol=0)
+
+
+def test_official_checkpoints_render(tmp_path):
+    picture((40, 40)).save(tmp_path / "p.png")
+    run("render", PARITY / "transinr_image_1.pth", tmp_path / "p.png", "-o", tmp_path / "o.png", "--size", 30)
+    write_scene(tmp_path / "scene", size=24)
+    for name in ("transinr_nvs_1", "vnp_1"):
+        run("render", PARITY / f"{name}.pth", tmp_path / "scene", "-o", tmp_path / "o.gif", "--size", 8)
+        assert Image.open(tmp_path / "o.gif").n_frames == 36
+
+
+def test_a_csv_becomes_a_plot(tmp_path):
+    torch.save({"config": vars(tiny("gp", "vnp").cfg) | {"context": [1.0, 1.0]},
+                "model": tiny("gp", "vnp").state_dict()}, tmp_path / "c.pt")
+    (tmp_path / "p.csv").write_text("x,y\n-1,0.5\n0,0.2\n0,0.3\n1.5,-1\n")
+    run("render", tmp_path / "c.pt", tmp_path / "p.csv", "-o", tmp_path / "o.png", "--size", 240)
+    assert Image.open(tmp_path / "o.png").size == (240, 160)
+
+
+BAD_CSV = {"text": "x,y\n1,2\n3,hello\n", "nan": "1,nan\n", "one column": "1\n2\n", "no rows": "x,y\n"}
+
+
+@pytest.mark.parametrize("kind", BAD_CSV)
+def test_a_bad_csv_is_named(kind, tmp_path):
+    (tmp_path / "bad.csv").write_text(BAD_CSV[kind])
+    with pytest.raises(ValueError, match="bad.csv: (data row|no rows).*two finite numbers"):
+        tinyinr.read_csv(tmp_path / "bad.csv")
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
+    data, out = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "broken" / "b.png").write_bytes(encoded(picture())[:60])
+    whole = (out / "ckpt.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": Path("pickled")}, tmp_path / "pickled.pt")
+    picture((2, 2)).save(tmp_path / "two.png")
+    target = tmp_path / "out.png"
+    for args, words in [
+        ((*TRAIN, "--data", tmp_path / "none", "--out", tmp_path / "o"), "no such folder or zip"),
+        ((*TRAIN, "--data", tmp_path / "empty", "--out", tmp_path / "o"), "no pictures"),
+        ((*TRAIN, "--data", tmp_path / "broken", "--out", tmp_path / "o"), "none of 1 pictures could be"),
+        ((*TRAIN, "--preset", "huge", "--out", tmp_path / "o"), "choose from small, transinr-celeba"),
+        ((*TRAIN, "--set", "groups=5", "--out", tmp_path / "o"), "groups=5 must divide inr_width=16"),
+        ((*TRAIN, "--set", "colour=1", "--out", tmp_path / "o"), "--set='colour' is unknown"),
+        ((*TRAIN, "--data", data, "--seed", 5, "--out", out), "holds a run of another configuration"),
+        (("train", "--resume", "--out", tmp_path / "o"), "nothing to resume"),
+        (("render", out / "ckpt.pt", tmp_path / "two.png", "-o", target), "fewer than the 4 x 4 patches"),
+        (("render", out / "ckpt.pt", tmp_path / "broken" / "a.png", "-o", target), "not a picture"),
+        (("render", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "out.xyz"), "end the name in .png"),
+        (("render", tmp_path / "none.pt", data / "p0.png", "-o", target), "no such checkpoint"),
+        (("render", tmp_path / "cut.pt", data / "p0.png", "-o", target), "not a readable checkpoint"),
+        (("render", tmp_path / "pickled.pt", data / "p0.png", "-o", target), "not a readable checkpoint"),
+        (("inspect", PARITY / "vnp_1.pth", data / "p0.png", "-o", target), "inspect takes a TransINR"),
+    ]:
+        output = run(*args, code=2)
+        assert words in output and output.count("Error") == 1, (words, output)
+    assert not target.exists() and not (tmp_path / "out.xyz").exists()
+    assert not list(tmp_path.glob(".*")) and not list((tmp_path / "o").glob("*"))
+
+
+def test_broken_pictures_among_good_ones_are_named_counted_and_left_out(tmp_path):
+    photos(tmp_path / "p" / "train", 3), photos(tmp_path / "p" / "test", 2)
+    (tmp_path / "p" / "train" / "z.png").write_bytes(b"no picture")
+    with torch.enable_grad():
+        output = run(*TRAIN, "--data", tmp_path / "p", "--steps", 1, "--out", tmp_path / "o")
+    assert "z.png" in output and "1 of 4 pictures are unreadable" in output
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(camera_angle_x="wide"), "malformed"),
+    (dict(frames=[]), "frames"),
+    (dict(frames=[{"file_path": "./r_9", "transform_matrix": np.eye(4).tolist()}]), "absent"),
+    (dict(frames=[{"file_path": "./r_0", "transform_matrix": (2 * np.eye(4)).tolist()}]), "not a rotation"),
+])
+def test_a_malformed_scene_is_named(change, words, tmp_path):
+    write_scene(tmp_path / "s", **change)
+    with pytest.raises(ValueError, match=f"s/transforms.json.*{words}"):
+        tinyinr.read_scene(tinyinr.Tree(tmp_path), "s", 16)
+
+
+def test_scenes_with_too_few_views_or_views_of_two_sizes_are_refused(tmp_path):
+    write_scene(tmp_path / "s", count=2)
+    cfg = image_config(task="nvs", views=2)
+    with pytest.raises(ValueError, match="2 views, fewer than the 2 of --views and one target"):
+        tinyinr.SceneData(cfg, tmp_path, "test" if False else "train")
+    picture((16, 20)).save(tmp_path / "s" / "r_1.png")
+    with pytest.raises(ValueError, match="r_1.png.*must be of one size"):
+        tinyinr.read_scene(tinyinr.Tree(tmp_path), "s", 16)
