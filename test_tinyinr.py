@@ -6,8 +6,6 @@
 import io
 import json
 import math
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -640,7 +638,8 @@ def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
     """After augmentation the picture is what the moved camera sees of the moved world."""
     images, cameras = rand(6, 2, 3, 8, 8), poses(6, 2)
     focals = torch.full((6, 2, 2), 9.0)
-    moved_images, moved = tinyinr.augment_scenes(images, cameras, torch.Generator().manual_seed(1))
+    moved_images, moved = tinyinr.augment_scenes(images, cameras, "turn mirror recolor",
+                                                   torch.Generator().manual_seed(1))
     r = moved[..., :3]
     torch.testing.assert_close(r @ r.mT, torch.eye(3).expand(6, 2, 3, 3), atol=1e-5, rtol=0)
     assert (r.det() > 0.99).all()
@@ -710,6 +709,22 @@ def test_every_parameter_has_one_optimizer_and_muon_gets_the_matrices():
     ids = [id(p) for o in (adam, muon) for g in o.param_groups for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     assert len(muon.param_groups[0]["params"]) == 4 * cfg.depth
+
+
+def test_muon_agrees_with_pytorchs_up_to_its_bf16():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 24), (24, 8), (8, 24))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a, b = tinyinr.Muon(ours, 0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0)
+    before = ours[0].detach().clone()
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)
+    assert (ours[0] - before).abs().max() > 0.02
 
 
 def test_device_choices(monkeypatch):
@@ -996,7 +1011,7 @@ def test_scenes_with_too_few_views_or_views_of_two_sizes_are_refused(tmp_path):
     write_scene(tmp_path / "s", count=2)
     cfg = image_config(task="nvs", views=2)
     with pytest.raises(ValueError, match="2 views, fewer than the 2 of --views and one target"):
-        tinyinr.SceneData(cfg, tmp_path, "test" if False else "train")
+        tinyinr.SceneData(cfg, tmp_path)
     picture((16, 20)).save(tmp_path / "s" / "r_1.png")
     with pytest.raises(ValueError, match="r_1.png.*must be of one size"):
         tinyinr.read_scene(tinyinr.Tree(tmp_path), "s", 16)

@@ -1,8 +1,8 @@
 """tinyinr: generalizable implicit neural representations, two papers in one file.
 
-A signal is a function from coordinates to values: an image (R^2 -> RGB), a scene (R^3 -> RGB and
-density, seen along rays), a curve (R -> R). Both models read a few observations of it, the context,
-in one forward pass, and give back the function itself:
+A signal is a function from coordinates to values: an image (R^2 -> RGB), a scene (R^3 -> RGB
+and density, seen along rays), a curve (R -> R). Both models read a few observations of it, the
+context, in one forward pass, and give back the function itself:
 
     context --encode--> code --decode(query)--> values
 
@@ -120,7 +120,7 @@ class Config:
     clip: float = 0.0  # bound on the norm of the gradient; 0: none
     flip: bool = False  # images: mirror half of them
     random_crop: bool = False  # images: along the longer side
-    augment: bool = False  # scenes: turn, mirror and recolor them
+    augment: str = ""  # scenes: any of "turn mirror recolor"
     kernel: str = "rbf"  # curves: the training functions, or "all" kernels
     beta: float = 1.0  # weight of the KL divergence ...
     beta_warmup: float = 0.05  # ... reached after this part of the run
@@ -161,7 +161,7 @@ def check_choice(name, value, known):
         raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(map(str, known))}")
 
 
-PRESETS = {  # name -> {(task, model): what differs from the defaults}; the first cell is the default
+PRESETS = {  # name -> {(task, model): what differs from the defaults}; its first cell is meant
     "small": {
         ("image", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=32,
@@ -171,7 +171,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; the firs
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
             queries=128, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment=True, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear"),
+            augment="mirror recolor", lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100,
+            decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
             cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=32,
@@ -188,8 +189,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; the firs
         ("nvs", "vnp"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
             freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
-            points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0, augment=True,
-            beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3, muon_lr=0.02, beta2=0.95,
+            points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
+            augment="mirror recolor", beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3, muon_lr=0.02, beta2=0.95,
             warmup=50, decay="linear", clip=1.0),
     },
     "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
@@ -208,7 +209,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; the firs
 
 
 def make_config(preset="small", task=None, model=None, **given) -> Config:
-    """Config of a preset for a task and a model, with the given fields in place of the preset's."""
+    """Config of a preset for a task and a model; `given` fields replace the preset's."""
     check_choice("preset", preset, PRESETS)
     cells = PRESETS[preset]
     first = next(iter(cells))
@@ -231,7 +232,7 @@ class Prediction(NamedTuple):
 
 
 def pixel_grid(height: int, width: int, device=None) -> Tensor:
-    """Coordinates of all pixel centres of an image, row by row, (H W, 2) in (-1, 1) ([1] Sec. 4)."""
+    """Coordinates of an image's pixel centres, row by row, (H W, 2) in (-1, 1) ([1] Sec. 4)."""
     rows = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
     cols = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
@@ -261,15 +262,15 @@ def look_at(eye: Tensor) -> Tensor:
 
 
 def opencv_to_opengl(poses: Tensor) -> Tensor:
-    """Camera-to-world poses (..., 3, 4) of OpenCV or COLMAP (y down, z forward) in our convention."""
+    """Camera-to-world poses (..., 3, 4) of OpenCV or COLMAP (y down, z forward) -> ours."""
     return poses * poses.new_tensor([1, -1, -1, 1])
 
 
-def sample_depths(rays_o, rays_d, near, far, points: int, jitter=None, radius: float = 0.0) -> Tensor:
-    """Depths of the points on every ray, (B, R, P), evenly spaced from near to far ([1] Sec. 4.2).
+def sample_depths(rays_o, rays_d, near, far, points: int, jitter=None, radius=0.0) -> Tensor:
+    """Depths of the points on every ray, (B, R, P), evenly from near to far ([1] Sec. 4.2).
 
-    near, far: numbers or (B,). jitter (B, R, 1) in [0, 1): shifts each ray's points by this part of
-    their spacing. radius > 0 spends the points inside that sphere around the origin only
+    near, far: numbers or (B,). jitter (B, R, 1) in [0, 1): shifts each ray's points by this part
+    of their spacing. radius > 0 spends the points inside that sphere around the origin only
     (deviates: [1] samples all of [near, far]); a ray that misses it gets `points` equal depths.
     """
     near, far = (torch.as_tensor(v, dtype=rays_o.dtype, device=rays_o.device).reshape(-1, 1, 1)
@@ -361,7 +362,8 @@ class CrossBlock(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.dim)
 
     def forward(self, f, e, tokens):  # features and embedded coordinates (B, K, D), (B, T, D)
-        f = self.norm1(f + self.out(attend(self.q(f + e), *self.kv(tokens).chunk(2, -1), self.heads)))
+        k, v = self.kv(tokens).chunk(2, -1)
+        f = self.norm1(f + self.out(attend(self.q(f + e), k, v, self.heads)))
         return self.norm2(f + self.ff(f))
 
 
@@ -369,10 +371,11 @@ class CrossBlock(nn.Module):
 
 
 class PatchTokenizer(nn.Module):
-    """Image (B, C, H, W) -> tokens (B, T, D): non-overlapping patches and a linear map ([1] Sec. 4).
+    """Image (B, C, H, W) -> tokens (B, T, D): disjoint patches and a linear map ([1] Sec. 4).
 
-    tokens: how many patches there are where they get a learned position each; 0: positions are in
-    the channels (rays). merge > 1: a strided projection joins merge x merge patches ([2] Sec. 3.2).
+    tokens: how many patches there are, where each gets a learned position; 0: positions are in
+    the channels (rays). merge > 1: a strided projection joins merge x merge patches, the
+    bottleneck of [2] Sec. 3.2.
     """
 
     def __init__(self, channels: int, cfg: Config, tokens: int = 0):
@@ -387,7 +390,8 @@ class PatchTokenizer(nn.Module):
         patches = F.unfold(image, self.patch, padding=self.padding, stride=self.patch)
         x = self.proj(patches.transpose(1, 2))  # (B, T, D)
         if self.merge is not None:
-            grid = F.gelu(x).transpose(1, 2).unflatten(2, (height // self.patch, width // self.patch))
+            side = (height // self.patch, width // self.patch)
+            grid = F.gelu(x).transpose(1, 2).unflatten(2, side)
             x = self.merge(grid).flatten(2).transpose(1, 2)
         return x if self.pos is None else x + self.pos
 
@@ -411,7 +415,7 @@ class SetTokenizer(nn.Module):
         self.pos = nn.Parameter(torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
 
     def set_conv(self, x, y, mask=None):
-        """Kernel regression of the set on the grid: (B, 2 S, G), S scales of signal and density."""
+        """Kernel regression of the set on the grid, (B, 2 S, G): signal and density, S scales."""
         distance = (x - self.points) / self.log_scale.exp()[:, None, None, None]  # (S, B, N, G)
         weights = torch.exp(-0.5 * distance.square())
         if mask is not None:
@@ -503,9 +507,11 @@ def observations(cfg: Config, context: dict, every: int = 1):
 
     every > 1 thins images and views out to one pixel in every x every, the middle one.
     """
+    mask = context.get("mask")
     if cfg.task == "gp":
-        x, mask = context["x"], context.get("mask")
-        return {"x": x}, context["y"], x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+        x = context["x"]
+        mask = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+        return {"x": x}, context["y"], mask
     middle = slice(every // 2, None, every)
     if cfg.task == "nvs":
         images = context["images"]
@@ -513,7 +519,7 @@ def observations(cfg: Config, context: dict, every: int = 1):
         o, d = (r[:, :, middle, middle].flatten(1, 3) for r in rays)  # (B, V H W, 3)
         values = images[..., middle, middle].movedim(2, -1).flatten(1, 3)
         return {"rays_o": o, "rays_d": d}, values, torch.ones_like(o[..., 0])
-    image, mask = context["image"], context.get("mask")
+    image = context["image"]
     size = image.shape[-2:]
     grid = pixel_grid(*size, image.device).to(image.dtype).unflatten(0, size)
     coords = grid[middle, middle].flatten(0, 1).expand(len(image), -1, -1)
@@ -538,9 +544,8 @@ def radiance(cfg: Config, raw: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 def render_field(cfg: Config, raw: Tensor, points: Tensor, z_vals: Tensor, background=1.0):
     """Color, depth and opacity of rays from the field's raw values at their points (B, R P, .)."""
-    rgb, sigma = radiance(cfg, raw, points)
-    shape = z_vals.shape
-    return volume_render(rgb.unflatten(1, shape[1:]), sigma.unflatten(1, shape[1:]), z_vals, background)
+    rgb, sigma = (v.unflatten(1, z_vals.shape[1:]) for v in radiance(cfg, raw, points))
+    return volume_render(rgb, sigma, z_vals, background)
 
 
 def readout(cfg: Config, raw: Tensor, points: Tensor, z_vals: Tensor | None) -> Prediction:
@@ -569,8 +574,8 @@ def inr(code: dict[str, Tensor], x: Tensor, freqs: Tensor | None = None) -> Tens
         freqs = frequencies(dim, rows // (2 * dim)).to(x)
     h = positional_encoding(x, freqs)
     if h.shape[-1] != rows:
-        raise ValueError(f"{dim} coordinates x {len(freqs)} frequencies give {h.shape[-1]} inputs, "
-                         f"the first layer has {rows}: pass the model's `freqs`")
+        raise ValueError(f"{dim} coordinates x {len(freqs)} frequencies give {h.shape[-1]} inputs,"
+                         f" the first layer has {rows}: pass the model's `freqs`")
     h = h.expand(layers[0].shape[0], -1, -1)
     for i, wb in enumerate(layers):
         h = torch.baddbmm(wb[:, -1:], h if i == 0 else h.relu_(), wb[:, :-1])  # x W + b
@@ -587,7 +592,7 @@ def inr_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
 
 
 class TransINR(nn.Module):
-    """A Transformer reads data tokens and learned weight tokens, and writes an MLP ([1] Sec. 3)."""
+    """A Transformer over data tokens and learned weight tokens writes an MLP ([1] Sec. 3)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -597,8 +602,9 @@ class TransINR(nn.Module):
         self.n_tokens = [min(cfg.groups, out) for _, out in self.shapes.values()]
         self.wtokens = nn.Parameter(torch.randn(sum(self.n_tokens), cfg.dim))
         self.transformer = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
-        self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, n))
-                                    for name, (n, _) in self.shapes.items()})
+        self.heads = nn.ModuleDict({
+            name: nn.Sequential(nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, n))
+            for name, (n, _) in self.shapes.items()})
         self.base = nn.ParameterDict({name: torch.empty(n + 1, out)
                                       for name, (n, out) in self.shapes.items()})
         for wb in self.base.values():  # a linear layer's usual start, the bias as one more input
@@ -725,19 +731,19 @@ class VNP(nn.Module):
         self.register_buffer("freqs", freqs, persistent=False)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
-        """Context -> tokens (B, T, D) and, where the prior is pooled over it, its own positions."""
+        """Context -> tokens (B, T, D), and its positions where the prior is pooled over them."""
         code = {"tokens": self.transformer(self.tokenizer(context))}
         if self.cfg.latent_pool == "context":
             query, _, weight = observations(self.cfg, context, every=self.cfg.patch)
-            code |= {"pool_" + k: v for k, v in query.items()} | {"pool_weight": weight}
+            code |= {f"pool_{k}": v for k, v in query.items()} | {"pool_weight": weight}
         return code
 
     def latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
         """Draw the L latents once: z (L, B, 1, Z), and the KL divergence summed over them, (B,).
 
         From the prior, with KL 0, or from the posterior where `target` values (B, M, C) are given.
-        eps (L, B, 1, Z): unit Gaussian noise, None: the mean. samples > 1: that many draws for each
-        signal side by side, here and in decode: eps and z (L, B samples, 1, Z).
+        eps (L, B, 1, Z): unit Gaussian noise, None: the mean. samples > 1: that many draws for
+        each signal side by side, here and in decode: eps and z (L, B samples, 1, Z).
         """
         return self.walk(code, query, eps, target, samples)[:2]
 
@@ -754,7 +760,7 @@ class VNP(nn.Module):
             state = state._replace(f=block(state.f, state.e, zl))
         return self.head(state.f), state.points, state.z_vals
 
-    def elbo(self, code: dict, query: dict, target: Tensor, eps: Tensor) -> tuple[Prediction, Tensor]:
+    def elbo(self, code: dict, query: dict, target: Tensor, eps: Tensor):
         """Prediction under the posterior, and its KL divergence (B,): both terms of the ELBO."""
         _, kl, state = self.walk(code, query, eps, target)
         return readout(self.cfg, self.head(state.f), state.points, state.z_vals), kl
@@ -780,14 +786,14 @@ class VNP(nn.Module):
         walks = []  # [(features, weight)]: the prior's, and the posterior's if it is another
         if self.cfg.latent_pool == "context":
             pool = {k[5:]: v for k, v in code.items() if k.startswith("pool_")}
-            weight = pool.pop("weight")
-            weight = weight.unsqueeze(-1).repeat_interleave(samples, 0) if samples > 1 else weight.unsqueeze(-1)
+            weight = pool.pop("weight").unsqueeze(-1)  # (B, N, 1)
+            weight = weight if samples == 1 else weight.repeat_interleave(samples, 0)
             walks.append((self.features(code["tokens"], pool, samples), weight))
         if target is not None or not walks:
             walks.append((self.features(code["tokens"], query, samples), None))
         zs, kl = [], code["tokens"].new_zeros(len(walks[0][0].f))
         for i, block in enumerate(self.blocks):
-            values = [readout(self.cfg, block.value(s.f), s.points, s.z_vals).mean for s, _ in walks]
+            values = [readout(self.cfg, block.value(s.f), *s[2:]).mean for s, _ in walks]
             latent = prior = block.distribution(values[0], weight=walks[0][1])
             if target is not None:
                 latent = block.distribution(values[-1], target)
@@ -846,14 +852,14 @@ def decode_image(data: bytes, size: int, least: int = 1, crop: bool = True) -> n
     """
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype("u1"))
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
     if min(picture.size) < least:
-        raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels are fewer than the {least} x "
-                         f"{least} patches that the model reads; give a larger picture")
+        raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels are fewer than the {least}"
+                         f" x {least} patches that the model reads; give a larger picture")
     width, height = (max(size, round(n * size / min(picture.size))) for n in picture.size)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -897,8 +903,11 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
+CELEBA = {"train": (1, 162770), "val": (162771, 182637), "test": (182638, 202599)}  # ids
+
+
 class ImageData(torch.utils.data.Dataset):
-    """Pictures as signals: the context is a picture (or some of its pixels), the target its pixels.
+    """Pictures as signals: the context is a picture, or some of its pixels, the target its pixels.
 
     Recognises CelebA (`img_align_celeba/`, official split by id), trees with `train/` and `test/`
     or `val/`, and any other tree of pictures (a tenth of the names, by their crc32, is for test).
@@ -922,7 +931,7 @@ class ImageData(torch.utils.data.Dataset):
         names = [n for n in self.tree.names if n.lower().endswith(IMAGE_SUFFIXES)]
         celeba = [n for n in names if "img_align_celeba/" in n]
         if celeba:
-            first, last = {"train": (1, 162770), "val": (162771, 182637)}.get(split, (182638, 202599))
+            first, last = CELEBA[split]
             return [n for n in celeba if first <= int(Path(n).stem) <= last]
         if "train" in self.tree.folders:
             held_out = next((f for f in (split, "test", "val") if f in self.tree.folders), split)
@@ -934,7 +943,8 @@ class ImageData(torch.utils.data.Dataset):
     def read(self, name):  # -> (3, H, W) uint8, or why it can't be read
         size = self.cfg.image_size
         try:
-            pixels = decode_image(self.tree.read(name), size, size // self.cfg.patch, not self.crop)
+            data = self.tree.read(name)
+            pixels = decode_image(data, size, size // self.cfg.patch, crop=not self.crop)
         except BROKEN as e:
             return f"{name} ({e})"
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -959,7 +969,8 @@ class ImageData(torch.utils.data.Dataset):
         keys = ([(i, step) for i in draws(n, cfg.batch_size, cfg.seed, step)]
                 for step in itertools.count(start))
         if self.pixels is None:
-            yield from torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=os.cpu_count())
+            loader = torch.utils.data.DataLoader
+            yield from loader(self, batch_sampler=keys, num_workers=os.cpu_count())
         for key in keys:
             yield torch.stack([self[k] for k in key])
 
@@ -987,12 +998,13 @@ class ImageData(torch.utils.data.Dataset):
         return {"image": image, "mask": mask.to(image)}
 
     def tests(self, device, only=None, batch=32):
-        """Pictures in order, all or `only` some: (context, query, target (B, 1, H W, 3), label)."""
+        """All pictures or `only` some: (context, query, target (B, 1, H W, 3), label)."""
         only = only or range(len(self))
         grid = pixel_grid(*self.side, device)[None]
         for fraction in ((0.1, 0.3, 0.5, 1.0) if self.cfg.masked else (1.0,)):
             for i in range(0, len(only), batch):
-                image = torch.stack([self[k, 0] for k in only[i : i + batch]]).to(device).float() / 255
+                image = torch.stack([self[k, 0] for k in only[i : i + batch]])
+                image = image.to(device).float() / 255
                 yield (self.context(image, generator(0, i), fraction), {"coords": grid},
                        image.flatten(2).transpose(1, 2).unsqueeze(1), f"{fraction:.0%} seen")
 
@@ -1010,14 +1022,15 @@ def read_scene(tree: Tree, folder: str, size: int) -> tuple[Tensor, Tensor, Tens
     try:
         meta = json.loads(tree.read(name))
         angle, frames = float(meta["camera_angle_x"]), meta["frames"]
-        poses = torch.tensor([f["transform_matrix"] for f in frames], dtype=torch.float64)[:, :3, :4]
+        poses = torch.tensor([f["transform_matrix"] for f in frames], dtype=torch.float64)
+        poses = poses[:, :3, :4]
         files = [str(f["file_path"]) for f in frames]
     except (KeyError, TypeError, ValueError, IndexError, OSError) as e:
         raise ValueError(f"{name}: malformed ({e!r}); it needs camera_angle_x (rad) and frames of "
                          "file_path and transform_matrix (4 x 4, camera-to-world)") from e
     if poses.shape != (len(files), 3, 4) or not files or not 0 < angle < math.pi:
-        raise ValueError(f"{name}: {len(files)} frames, poses {tuple(poses.shape)}, camera_angle_x="
-                         f"{angle:g}; it needs a 4 x 4 matrix a frame and an angle in (0, pi)")
+        raise ValueError(f"{name}: {len(files)} frames, poses {tuple(poses.shape)}, camera_angle_x"
+                         f"={angle:g}; it needs a 4 x 4 matrix a frame and an angle in (0, pi)")
     r = poses[..., :3]
     off = (r @ r.mT - torch.eye(3, dtype=r.dtype)).abs().amax((1, 2)) + (r.det() - 1).abs()
     if not bool((off < 1e-3).all()):
@@ -1026,7 +1039,7 @@ def read_scene(tree: Tree, folder: str, size: int) -> tuple[Tensor, Tensor, Tens
     images = []
     for file in files:
         path = posixpath.normpath(posixpath.join(folder, file))
-        path = next((p for p in (path, *(path + s for s in IMAGE_SUFFIXES)) if p in tree.known), None)
+        path = next((path + s for s in ("", *IMAGE_SUFFIXES) if path + s in tree.known), None)
         if path is None:
             raise ValueError(f"{name}: picture {file} is named there but absent; restore it or "
                              "remove its frame")
@@ -1054,15 +1067,16 @@ class SceneData:
         if not self.folders:
             raise ValueError(f"{self.tree.path}: no scene (a folder with transforms.json) for the "
                              f"{split} split")
-        scenes = read_all(self.folders, lambda f: read_scene(self.tree, f, cfg.image_size), "scenes")
+        read = functools.partial(read_scene, self.tree, size=cfg.image_size)
+        scenes = read_all(self.folders, read, "scenes")
         need = cfg.views + 1
         for folder, (images, *_) in zip(self.folders, scenes):
             if len(images) < need:
-                raise ValueError(f"{folder}: {len(images)} views, fewer than the {cfg.views} of --views "
-                                 "and one target")
+                raise ValueError(f"{folder}: {len(images)} views, fewer than the {cfg.views} of "
+                                 "--views and one target")
             if images.shape[1:] != scenes[0][0].shape[1:]:
-                raise ValueError(f"{folder}: views of {tuple(images.shape[2:])} pixels, other scenes "
-                                 f"have {tuple(scenes[0][0].shape[2:])}; give scenes of one shape")
+                raise ValueError(f"{folder}: views of {tuple(images.shape[2:])} pixels, others of "
+                                 f"{tuple(scenes[0][0].shape[2:])}; give scenes of one shape")
         self.counts = [min(len(s[0]), cfg.train_views or len(s[0])) for s in scenes]
         self.sizes = [len(s[0]) for s in scenes]
         self.first = list(itertools.accumulate([0] + self.sizes[:-1]))
@@ -1073,13 +1087,14 @@ class SceneData:
         return len(self.first)
 
     def select(self, split):
-        scenes = [posixpath.dirname(n) for n in self.tree.names if n.split("/")[-1] == "transforms.json"]
-        splits = {n: json.loads(self.tree.read(n)) for n in self.tree.names if n.endswith("_splits.json")}
+        names = self.tree.names
+        scenes = [posixpath.dirname(n) for n in names if n.split("/")[-1] == "transforms.json"]
+        splits = [json.loads(self.tree.read(n)) for n in names if n.endswith("_splits.json")]
         if not splits:
             order = sorted(scenes, key=lambda n: zlib.crc32(n.encode()))
             tenth = -(-len(order) // 10) if len(order) > 1 else 0
             return sorted(order[tenth:] if split == "train" else order[:tenth])
-        chosen = {i for s in splits.values() for i in s.get(split, ())}
+        chosen = {i for s in splits for i in s.get(split, ())}
         return [s for s in scenes if s.split("/")[-1] in chosen]
 
     def batches(self, device, start=0):
@@ -1091,12 +1106,13 @@ class SceneData:
         cfg, n = self.cfg, len(self)
         for step in itertools.count(start):
             gen = generator(cfg.seed, step, 3)
-            views = torch.stack([self.first[i] + torch.randperm(self.counts[i], generator=gen)
-                                 [: cfg.views + 1] for i in draws(n, cfg.batch_size, cfg.seed, step)])
+            views = torch.stack([
+                self.first[i] + torch.randperm(self.counts[i], generator=gen)[: cfg.views + 1]
+                for i in draws(n, cfg.batch_size, cfg.seed, step)])
             images = self.images[views].float() / 255  # (B, V + 1, 3, H, W)
             poses, focals = self.poses[views], self.focals[views]
             if cfg.augment:
-                images, poses = augment_scenes(images, poses, gen)
+                images, poses = augment_scenes(images, poses, cfg.augment, gen)
             target = images[:, -1].flatten(2).transpose(1, 2)  # (B, H W, 3)
             odds = torch.ones(target.shape[:2])
             if step * cfg.batch_size < n:
@@ -1126,24 +1142,23 @@ class SceneData:
                    folder.split("/")[0])
 
 
-def augment_scenes(images, poses, gen):
-    """Turn each scene about its vertical axis, mirror it and permute its colors, at random.
+def augment_scenes(images, poses, how, gen):
+    """Turn each scene about its vertical axis, mirror it, permute its colors, as `how` lists.
 
-    images (B, V, 3, H, W), poses (B, V, 3, 4), world up = z.
+    images (B, V, 3, H, W), poses (B, V, 3, 4), world up = z; returns both, still consistent.
     """
     batch = len(images)
-    angle = 2 * math.pi * torch.rand(batch, generator=gen)
-    mirror = 1 - 2 * (torch.rand(batch, generator=gen) < 0.5).float()
+    angle = 2 * math.pi * torch.rand(batch, generator=gen) * ("turn" in how)
+    mirror = 1 - 2 * (torch.rand(batch, generator=gen) < 0.5 * ("mirror" in how)).float()
     c, s, zero, one = angle.cos(), angle.sin(), torch.zeros(batch), torch.ones(batch)
-    turn = torch.stack((c, -s, zero, s, c, zero, zero, zero, one), -1).view(batch, 1, 3, 3)
-    poses = turn @ poses
-    # Mirroring the world in x and the picture left to right leaves a proper camera.
-    flip = torch.stack((mirror, one, one), -1)[:, None, :, None]
-    flip_x = torch.stack((mirror, one, one, one), -1)[:, None, None, :]
-    poses = flip * poses * flip_x
+    world = torch.stack((mirror * c, -s * mirror, zero, s, c, zero, zero, zero, one), -1)
+    camera = torch.stack((mirror, one, one, one), -1)  # so that a mirrored pose stays a rotation
+    poses = world.view(batch, 1, 3, 3) @ poses * camera[:, None, None]
     images = torch.where(mirror.view(-1, 1, 1, 1, 1) < 0, images.flip(-1), images)
-    order = torch.rand(batch, 3, generator=gen).argsort(-1)
-    return images.gather(2, order.view(batch, 1, 3, 1, 1).expand_as(images)), poses
+    if "recolor" in how:
+        order = torch.rand(batch, 3, generator=gen).argsort(-1)
+        images = images.gather(2, order.view(batch, 1, 3, 1, 1).expand_as(images))
+    return images, poses
 
 
 # ------------------------------------------------------------------------- data: curves
@@ -1167,14 +1182,15 @@ def covariance(kernel: str, x1, x2, length, scale, period) -> Tensor:
 def draw_curves(kernel: str, batch: int, points: int, gen, noise=NOISE):
     """GP samples of the protocol that neural processes share: x, y (B, N, 1) and hyperparameters.
 
-    x U[-2, 2]; length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5]; Gaussian noise. In float64.
+    x U[-2, 2]; length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5]; Gaussian noise; float64.
     """
     check_choice("kernel", kernel, KERNELS)
     u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
     hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
     x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
     k = covariance(kernel, x, x, *hyper) + noise**2 * torch.eye(points, dtype=torch.float64)
-    y = torch.linalg.cholesky(k) @ torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    y = torch.linalg.cholesky(k) @ white
     return x, y, hyper
 
 
@@ -1217,7 +1233,7 @@ class CurveData:
                         ({"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]))
 
     def tests(self, device, batch=16):
-        """Seeded sets of every kernel, in float64 for the exact posterior: (x, y, hyper, n, kernel)."""
+        """Seeded sets of every kernel, float64: (x, y, hyperparameters, context size, kernel)."""
         for kernel in KERNELS:
             for i in range(self.limit):
                 gen = generator(0, i, KERNELS.index(kernel), 4)
@@ -1269,7 +1285,7 @@ def objective(model, batch, eps=None, beta: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def predict(model, code: dict, query: dict, z=None, chunk: int = 1 << 17, decode=None):
-    """model.decode of any number of queries in chunks of about `chunk` points, latents drawn once."""
+    """model.decode of any number of queries, in chunks of about `chunk` points, one z for all."""
     if model.cfg.model == "vnp" and z is None:
         z = model.latents(code, thin(query, 1024))[0]
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
@@ -1279,7 +1295,7 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 1 << 17, decode
     return type(parts[0])(*(None if p[0] is None else torch.cat(p, 1) for p in zip(*parts)))
 
 
-PER_POINT = ("coords", "x", "rays_o", "rays_d", "jitter")  # entries of a query with one row a target
+PER_POINT = ("coords", "x", "rays_o", "rays_d", "jitter")  # what a query has one row a target of
 
 
 def split_query(query: dict, step: int):
@@ -1331,7 +1347,8 @@ OFFICIAL_KEYS = (  # names in the official checkpoints, as patterns, and ours
     (r"(transformer\.\d+)\.1\.norm", r"\1.norm2"),
     (r"0\.fn\.to_out\.0", "out"), (r"0\.fn\.to_q", "qkv"),
     (r"1\.fn\.net\.0", "ff1"), (r"1\.fn\.net\.3", "ff2"),
-    (r"tokenizer\.posemb", "tokenizer.patches.pos"), (r"tokenizer\.prefc", "tokenizer.patches.proj"),
+    (r"tokenizer\.posemb", "tokenizer.patches.pos"),
+    (r"tokenizer\.prefc", "tokenizer.patches.proj"),
     (r"base_params", "base"), (r"wtoken_postfc", "heads"),
     (r"cross_attn\.layers\.(\d+)\.", r"cross.\1."), (r"(cross\.\d+)\.0\.out_proj", r"\1.out"),
     (r"(cross\.\d+)\.0\.in_proj_", r"\1.qkv."), (r"(cross\.\d+)\.1\.", r"\1.norm1."),
@@ -1374,7 +1391,7 @@ def from_official(name: str, args: dict, weights: dict[str, Tensor]) -> tuple[Co
         if re.fullmatch(r"cross\.\d+\.qkv\.\w+", key):
             state[key.replace("qkv", "q")], value = value[: cfg.dim], value[cfg.dim :]
             key = key.replace("qkv", "kv")
-        state[key] = value.squeeze(0).flatten(1) if value.dim() == 5 else value  # 1 x 1 convolutions
+        state[key] = value.squeeze(0).flatten(1) if value.dim() == 5 else value  # 1 x 1 kernels
     return cfg, state
 
 
@@ -1415,8 +1432,8 @@ class Device:
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
 
     def attention(self, tokens: int):
-        """On CPUs the plain matrix products beat the fused kernel at few tokens (measured)."""
-        plain = self.name == "cpu" and tokens < 400
+        """Plain matrix products beat a CPU's fused kernel in bf16 at few tokens (measured)."""
+        plain = self.name == "cpu" and self.dtype is not None and tokens < 400
         return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
@@ -1440,6 +1457,37 @@ def choose_device(name: str = "auto") -> Device:
                   "fp32: without AMX bf16 is slower on a CPU")
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by five Newton-Schulz steps (Jordan et al., 2024).
+
+    As torch.optim.Muon, but all matrices of a shape at once and in fp32: three times as fast on a
+    CPU that has no bf16 matrix units.
+    """
+
+    def __init__(self, matrices, lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(m, group["momentum"])  # Nesterov's
+                shapes.setdefault(p.shape, []).append((p, update))
+            for (rows, cols), pairs in shapes.items():
+                u = torch.stack([update if rows <= cols else update.T for _, update in pairs])
+                u = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    a = u @ u.mT
+                    b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+                    u = torch.baddbmm(u, b, u, beta=3.4445)
+                scale = group["lr"] * max(1, rows / cols) ** 0.5
+                for (p, _), update in zip(pairs, u):
+                    p.sub_(update if rows <= cols else update.T, alpha=scale)
+
+
 def optimizers(model: nn.Module, cfg: Config, device: Device) -> list[torch.optim.Optimizer]:
     """Adam ([1] Sec. 4), or Muon for the Transformer's matrices and AdamW for the rest.
 
@@ -1449,9 +1497,10 @@ def optimizers(model: nn.Module, cfg: Config, device: Device) -> list[torch.opti
     for name, p in model.named_parameters():
         hidden = cfg.muon_lr and name.startswith("transformer.") and p.dim() == 2
         (matrices if hidden else rest).append(p)
-    out = [torch.optim.AdamW(rest, cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=device.fused)]
+    betas = (0.9, cfg.beta2)
+    out = [torch.optim.AdamW(rest, cfg.lr, betas, weight_decay=0, fused=device.fused)]
     if matrices:
-        out.append(torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=0))
+        out.append(Muon(matrices, cfg.muon_lr))
     for group in (g for o in out for g in o.param_groups):
         group["peak"] = group["lr"]
     return out
@@ -1478,7 +1527,7 @@ class Run:
             for optimizer, state in zip(self.optimizers, ckpt["optimizers"]):
                 optimizer.load_state_dict(state)
             self.step, self.elapsed = ckpt["step"], ckpt["elapsed"]
-        # The first step whose loss was not finite: looked at only when something is logged or saved.
+        # The first step whose loss was not finite: looked at only to log or to save.
         self.bad = torch.full((), math.inf, device=device.name)
 
     def update(self, batch, progress: float) -> tuple[Tensor, Tensor]:
@@ -1490,8 +1539,9 @@ class Run:
         eps, beta = None, 0.0
         if cfg.model == "vnp":
             shape = (cfg.blocks, len(batch[2]), 1, cfg.latent)
-            eps = torch.randn(shape, generator=generator(cfg.seed, self.step, 5)).to(self.device.name)
-            beta = cfg.beta * min(1.0, (self.step + 1) / max(1, cfg.beta_warmup))
+            eps = torch.randn(shape, generator=generator(cfg.seed, self.step, 5))
+            eps = eps.to(self.device.name)
+            beta = cfg.beta * min(1.0, progress / max(1e-9, cfg.beta_warmup))
         with self.device.autocast(), self.device.attention(131):
             loss, mse = objective(model, batch, eps, beta)
         loss.backward()
@@ -1507,8 +1557,8 @@ class Run:
     def check(self):
         """Raise RunFailed if a loss was not finite since the run began."""
         if self.bad.isfinite():
-            raise RunFailed(f"the loss of step {int(self.bad)} is not finite; the last good checkpoint "
-                            "is kept: lower --lr and --resume")
+            raise RunFailed(f"the loss of step {int(self.bad)} is not finite; the last good "
+                            "checkpoint is kept: start again with a lower --lr")
 
     def save(self, path):
         """Write the checkpoint beside its place, then rename it."""
@@ -1548,7 +1598,7 @@ def train_run(run: Run, data, out: Path, steps: int, minutes: float):
             now = time.monotonic()
             if now - logged > 5:
                 run.check()
-                log_step(run, out, sums / (run.step - first), now - logged, run.step - first, progress)
+                log_step(run, out, sums, now - logged, run.step - first, progress)
                 logged, first, sums = now, run.step, None
             if now - saved > cfg.save_every:
                 run.save(out / "ckpt.pt")
@@ -1561,13 +1611,14 @@ def train_run(run: Run, data, out: Path, steps: int, minutes: float):
     return ended[0] if ended else None
 
 
-def log_step(run: Run, out: Path, means: Tensor, seconds: float, steps: int, progress: float):
-    """One line on the screen and one in log.jsonl."""
-    loss, mse = means.tolist()
+def log_step(run: Run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float):
+    """One line on the screen and one in log.jsonl, of the means over `steps` steps."""
+    loss, mse = (sums / steps).tolist()
     eta = run.elapsed * (1 - progress) / max(progress, 1e-9)
     row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
-           "signals_per_s": run.cfg.batch_size * steps / seconds, "elapsed": run.elapsed, "eta": eta}
+           "signals_per_s": run.cfg.batch_size * steps / seconds, "elapsed": run.elapsed,
+           "eta": eta}
     with open(out / "log.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     bar = "=" * int(20 * progress)
@@ -1585,16 +1636,17 @@ def optimise(model, code: dict, context: dict, steps: int, targets: int = 1024) 
     All signals of the batch at once; returns a new code. The learning rate is cfg.tto_lr.
     """
     if model.cfg.model != "transinr":
-        raise ValueError("--tto refines generated weights; a VNP has none: use a TransINR checkpoint")
+        raise ValueError("--tto refines generated weights and a VNP has none; use a TransINR")
     query, values, weight = observations(model.cfg, context)
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
     optimizer = torch.optim.Adam(code.values(), model.cfg.tto_lr)
     for step in range(steps):
-        pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets].to(values.device)
+        pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
+        pick = pick.to(values.device)
         part = {k: v[:, pick] for k, v in query.items()}
         with torch.enable_grad():
-            prediction = model.decode(code, part)
-            error = ((prediction.mean - values[:, pick]).square().mean(-1) * weight[:, pick]).mean(1)
+            error = (model.decode(code, part).mean - values[:, pick]).square().mean(-1)
+            error = (error * weight[:, pick]).mean(1)  # (B,): signals don't mix
             grads = torch.autograd.grad(error.sum(), list(code.values()))
         for v, g in zip(code.values(), grads):
             v.grad = g
@@ -1644,7 +1696,7 @@ def mixture(prediction: Prediction, batch: int) -> Prediction:
 
 
 def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
-    """Predictions at x (B, M, 1), one for each latent sample: (B S, M, 1); S = 1 without latents."""
+    """Predictions at x (B, M, 1), one a latent sample: (B S, M, 1); S = 1 without latents."""
     cfg, code = model.cfg, model.encode(context)
     if cfg.model != "vnp":
         return model.decode(code, {"x": x})
@@ -1653,7 +1705,7 @@ def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Predict
 
 
 def fit_gp(x, y):
-    """RBF hyperparameters of the highest marginal likelihood on a grid, each (B, 1, 1), in float64."""
+    """RBF hyperparameters (B, 1, 1) of the highest marginal likelihood on a grid, in float64."""
     lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
     grid = torch.cartesian_prod(lengths, scales).to(x).view(-1, 1, 1, 1, 2)  # (G, 1, 1, 1, 2)
     k = covariance("rbf", x, x, grid[..., 0], grid[..., 1], None)
@@ -1674,21 +1726,22 @@ def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
     rows = {}
     for i, (x, y, hyper, n, label) in enumerate(data.tests(device.name)):
         xf, yf = x.float().to(device.name), y.float().to(device.name)
-        prediction = sample_curves(model, {"x": xf[:, :n], "y": yf[:, :n]}, xf, samples, generator(i, 7))
+        context = {"x": xf[:, :n], "y": yf[:, :n]}
+        prediction = sample_curves(model, context, xf, samples, generator(i, 7))
         ll = log_likelihood(prediction, yf.repeat_interleave(len(prediction.mean) // len(x), 0))
         ll = ll.unflatten(0, (len(x), -1))
         ll = ll.logsumexp(1) - math.log(ll.shape[1])  # (B, N, 1)
         mean, std = mixture(prediction, len(x))
         scores = {"target_ll": ll[:, n:].mean(), "context_ll": ll[:, :n].mean(),
                   "coverage": ((yf - mean).abs() < 1.96 * std)[:, n:].float().mean()}
-        for name, kernel, h in (("gp", label, hyper), ("fitted_gp", "rbf", fit_gp(x[:, :n], y[:, :n]))):
-            if h is not None:
-                exact = Prediction(*gp_posterior(kernel, x[:, :n], y[:, :n], x[:, n:], h))
-                scores[name] = log_likelihood(exact, y[:, n:].float()).mean()
+        fitted = fit_gp(x[:, :n], y[:, :n])
+        for name, kernel, h in (("gp", label, hyper), ("fitted_gp", "rbf", fitted)):
+            exact = Prediction(*gp_posterior(kernel, x[:, :n], y[:, :n], x[:, n:], h))
+            scores[name] = log_likelihood(exact, y[:, n:].float()).mean()
         for name, value in scores.items():
             rows.setdefault(label, {}).setdefault(name, []).append(value.cpu())
-    return {label: {name: float(torch.stack(v).mean()) for name, v in row.items()} | {"sets": len(row["target_ll"])}
-            for label, row in rows.items()}
+    return {label: {name: float(torch.stack(v).mean()) for name, v in row.items()}
+            | {"sets": len(row["target_ll"])} for label, row in rows.items()}
 
 
 # ------------------------------------------------------------------------- pictures
@@ -1703,7 +1756,7 @@ def save_picture(picture: Image.Image, path, **options):
     """Write a picture beside its place, then rename it; the format is the suffix's."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: unknown kind of picture; end the name in .png, .jpg, .webp or .gif")
+        raise ValueError(f"{path}: unknown kind of picture; end the name in .png, .jpg or .gif")
     with atomic(path) as part:
         picture.save(part, format=kind, **options)
 
@@ -1711,7 +1764,8 @@ def save_picture(picture: Image.Image, path, **options):
 def sheet(rows: list[list[np.ndarray]], gap: int = 4) -> Image.Image:
     """Pictures (H, W, 3) uint8 of one size, in rows, on white."""
     height, width = rows[0][0].shape[:2]
-    out = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
+    size = len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap
+    out = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
         for j, pixels in enumerate(row):
             out.paste(Image.fromarray(pixels), (j * (width + gap), i * (height + gap)))
@@ -1737,7 +1791,7 @@ def decode_depth(model, code, query, z=None) -> Rendering:
 
 
 def portrait(model, context, query, target, side) -> list[Tensor]:
-    """Pictures (H, W, 3) of one signal: what was seen, the truth, and what the model makes of it."""
+    """Pictures (H, W, 3) of one signal: what was seen, the truth, and the model's view of it."""
     cfg, code = model.cfg, model.encode(context)
     fold = lambda pixels: pixels[0].unflatten(0, side).expand(-1, -1, 3)
     truth = fold(target[:, 0])
@@ -1747,9 +1801,11 @@ def portrait(model, context, query, target, side) -> list[Tensor]:
         depth = (cfg.far - view.depth - (1 - view.opacity) * cfg.far) / (cfg.far - cfg.near)
         return [context["images"][0, 0].movedim(0, -1), truth, fold(view.mean), fold(depth)]
     prediction = predict(model, code, query)
-    seen = [fold((context["image"] * context["mask"] + 1 - context["mask"]).flatten(2).mT)] if "mask" in context else []
-    std = [] if prediction.std is None else [fold(prediction.std / prediction.std.max())]
-    return [*seen, truth, fold(prediction.mean), *std]
+    out = [truth, fold(prediction.mean)]
+    if "mask" in context:
+        image, mask = context["image"], context["mask"]
+        out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
+    return out if prediction.std is None else [*out, fold(prediction.std / prediction.std.max())]
 
 
 @torch.no_grad()
@@ -1758,14 +1814,16 @@ def samples_sheet(model, data, device: Device, count: int = 12) -> Image.Image:
     if model.cfg.task == "gp":
         rows = []
         for x, y, _, n, label in itertools.islice(data.tests(device.name, 1), 6):
-            rows.append(curve_picture(model, x[0, :n].float(), y[0, :n].float(), (x[0, n:], y[0, n:])))
+            held_out = (x[0, n:], y[0, n:])
+            rows.append(curve_picture(model, x[0, :n].float(), y[0, :n].float(), held_out))
         return sheet([rows[:3], rows[3:]])
     only = [i * len(data) // count for i in range(count)]
     columns = []
     for context, query, target, _ in data.tests(device.name, only=only):
         for i in range(len(target)):
-            one = [{k: v[i : i + 1] if len(v) > 1 else v for k, v in x.items()} for x in (context, query)]
-            columns.append(portrait(model, *one, target[i : i + 1], data.side))
+            c, q = ({k: v[i : i + 1] if len(v) > 1 else v for k, v in d.items()}
+                    for d in (context, query))
+            columns.append(portrait(model, c, q, target[i : i + 1], data.side))
     return sheet([[enlarge(to_uint8(p)) for p in row] for row in zip(*columns)])
 
 
@@ -1779,9 +1837,9 @@ def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320))
     low, high = mean - 1.96 * std, mean + 1.96 * std
     values = torch.cat((low, high, y.flatten().to(low)))
     bottom, top = float(values.min()), float(values.max())
+    unit = (height - 20) / max(top - bottom, 1e-6)
     at = lambda xs, ys: [(10 + (float(a) + 2) / 4 * (width - 20),
-                          height - 10 - (float(b) - bottom) / max(top - bottom, 1e-6) * (height - 20))
-                         for a, b in zip(xs, ys)]
+                          height - 10 - (float(b) - bottom) * unit) for a, b in zip(xs, ys)]
     picture = Image.new("RGB", size, "white")
     pen, xs = ImageDraw.Draw(picture), grid[0, :, 0]
     pen.rectangle((0, 0, width - 1, height - 1), outline="#bbbbbb")
@@ -1807,7 +1865,8 @@ def read_context(model, path) -> dict:
 
 def read_csv(path) -> tuple[Tensor, Tensor]:
     """Two columns x, y of a CSV file, with or without a header: (N, 1), (N, 1) in float64."""
-    rows = [r for r in csv.reader(Path(path).read_text().splitlines()) if any(c.strip() for c in r)]
+    lines = Path(path).read_text().splitlines()
+    rows = [row for row in csv.reader(lines) if any(c.strip() for c in row)]
     if rows and not re.match(r"\s*[-+.\d]", rows[0][0]):
         rows = rows[1:]
     for i, row in enumerate(rows, 1):
@@ -1815,8 +1874,8 @@ def read_csv(path) -> tuple[Tensor, Tensor]:
             if len(row) < 2 or not all(math.isfinite(float(c)) for c in row[:2]):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite numbers "
-                             "x,y") from None
+            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite "
+                             "numbers x,y") from None
     if not rows:
         raise ValueError(f"{path}: no rows; a row is two finite numbers x,y")
     return tuple(torch.tensor([[float(r[i])] for r in rows], dtype=torch.float64) for i in (0, 1))
@@ -1835,7 +1894,8 @@ def render_image(model, source, size: int, tto: int = 0) -> Image.Image:
     line = pixel_grid(size, 1, model.freqs.device)[:, 0]
     for i in range(0, size, rows):
         coords = torch.cartesian_prod(line[i : i + rows], line)[None]
-        out[i : i + rows] = to_uint8(model.decode(code, {"coords": coords}, z=z).mean).reshape(-1, size, 3)
+        values = model.decode(code, {"coords": coords}, z=z).mean
+        out[i : i + rows] = to_uint8(values).reshape(-1, size, 3)
     return Image.fromarray(out)
 
 
@@ -1850,25 +1910,25 @@ def render_scene(model, tree: Tree, folder: str, size: int, frames: int = 36, tt
     """A turntable around an object: encode its first views, decode a circle at their elevation."""
     cfg = model.cfg
     images, poses, focals = read_scene(tree, folder, cfg.image_size)
-    context = {"images": images[None, : cfg.views].float() / 255, "poses": poses[None, : cfg.views],
-               "focals": focals[None, : cfg.views]}
-    context = to_device(context, model.freqs.device)
+    seen = {"images": images.float() / 255, "poses": poses, "focals": focals}
+    context = to_device({k: v[None, : cfg.views] for k, v in seen.items()}, model.freqs.device)
     code = model.encode(context)
     if tto:
         code = optimise(model, code, context, tto)
     eye = poses[0, :, 3]
-    radius, height = float(eye.norm()), float(eye[2])
-    flat, start = math.sqrt(max(radius**2 - height**2, 1e-6)), math.atan2(float(eye[1]), float(eye[0]))
-    focals, z = focals[:1] * size / min(images.shape[-2:]), None
-    pictures = []
+    radius, height = float(eye.norm()), float(eye[2])  # of the first camera
+    flat, start = math.sqrt(max(radius**2 - height**2, 1e-6)), math.atan2(eye[1], eye[0])
+    focals, z, pictures = focals[:1] * size / min(images.shape[-2:]), None, []
     for i in range(frames):
         angle = start + 2 * math.pi * i / frames
-        pose = look_at(torch.tensor([flat * math.cos(angle), flat * math.sin(angle), height]))[None]
-        o, d = (r.flatten(0, 2)[None].to(model.freqs) for r in camera_rays(pose, focals, size, size))
+        pose = look_at(torch.tensor([flat * math.cos(angle), flat * math.sin(angle), height]))
+        o, d = (r.flatten(0, 2)[None].to(model.freqs)
+                for r in camera_rays(pose[None], focals, size, size))
         query = {"rays_o": o, "rays_d": d}
         if z is None and cfg.model == "vnp":
             z = model.latents(code, thin(query, 1024))[0]
-        pictures.append(Image.fromarray(to_uint8(predict(model, code, query, z).mean[0]).reshape(size, size, 3)))
+        pixels = to_uint8(predict(model, code, query, z).mean).reshape(size, size, 3)
+        pictures.append(Image.fromarray(pixels))
     return pictures
 
 
@@ -1876,20 +1936,22 @@ def render_scene(model, tree: Tree, folder: str, size: int, frames: int = 36, tt
 def attention_sheet(model, context: dict) -> Image.Image:
     """What each INR layer's weight tokens look at, and base beside generated weights ([1] Sec. 5).
 
-    Upper row: the picture, then per layer the attention to its patches (mean over blocks, heads and
-    tokens). Below, per layer: base weights, and generated ones (red positive, blue negative).
+    Upper row: the picture, then per layer the attention to its patches (mean over blocks, heads
+    and tokens). Below, per layer: base weights, and generated ones (red positive, blue negative).
     """
     cfg, maps = model.cfg, 0
-    data = model.tokenizer(context)
+    data = model.tokenizer(context)  # (B, T, D)
+    tokens = data.shape[1]
     x = torch.cat((data, model.wtokens.expand(len(data), -1, -1)), 1)
     for block in model.transformer:
         q, k, _ = (t.unflatten(-1, (cfg.heads, -1)).transpose(1, 2)
                    for t in block.qkv(block.norm1(x)).chunk(3, -1))
-        maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, data.shape[1]:, : data.shape[1]]
+        weights = (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)  # over heads
+        maps = maps + weights[:, tokens:, :tokens]
         x = block(x)
-    image, side, height = context["image"][0].movedim(0, -1), math.isqrt(data.shape[1]), 192
-    top, middle, bottom = [fit(image, height)], [torch.ones(height, height, 3)], []
-    bottom = [torch.ones(height, height, 3)]
+    image, side, height = context["image"][0].movedim(0, -1), math.isqrt(tokens), 192
+    top, blank = [fit(image, height)], torch.ones(height, height, 3)
+    middle, bottom = [blank], [blank]
     for (name, wb), layer in zip(model.encode(context).items(), maps[0].split(model.n_tokens)):
         heat = layer.mean(0).view(side, side, 1)
         heat = fit(heat / heat.max(), height, "nearest")
@@ -1904,7 +1966,8 @@ def attention_sheet(model, context: dict) -> Image.Image:
 
 def fit(pixels: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     """(H, W, C) resized to (side, side, C)."""
-    return F.interpolate(pixels.movedim(-1, 0)[None].float(), (side, side), mode=mode)[0].movedim(0, -1)
+    pixels = pixels.movedim(-1, 0)[None].float()
+    return F.interpolate(pixels, (side, side), mode=mode)[0].movedim(0, -1)
 
 
 # ------------------------------------------------------------------------- command line
@@ -1928,17 +1991,18 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100})
 def cli():
-    """Generalizable implicit neural representations: TransINR and VNP, on images, scenes, curves."""
+    """Generalizable implicit neural representations: TransINR and VNP; images, scenes, curves."""
 
 
 def banner(model, cfg: Config, device: Device):
     """What is about to run: configuration, parameters by part, device and why."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    parts["other"] = sum(p.numel() for p in model.parameters()) - sum(parts.values())
-    click.echo(f"{cfg.model} on {cfg.task}, preset {cfg.preset}: " +
-               " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != getattr(Config, k, None)))
-    click.echo(f"{sum(parts.values()) / 1e6:.2f} M parameters: " +
-               ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v))
+    count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
+    parts = {name: count(part) for name, part in model.named_children()}
+    parts["tokens"] = count(model) - sum(parts.values())
+    set_fields = " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != getattr(Config, k))
+    click.echo(f"{cfg.model} on {cfg.task}, preset {cfg.preset}: {set_fields}")
+    click.echo(f"{count(model):.2f} M parameters: "
+               + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 1e-9))
     click.echo(f"device {device.name}, {torch.get_num_threads()} threads; {device.why}")
 
 
@@ -1950,7 +2014,7 @@ def report(scores: dict):
 
 
 @cli.command()
-@click.option("--task", type=click.Choice(list(COORD_DIM)), help="What the signals are.  [default: image]")
+@click.option("--task", type=click.Choice(list(COORD_DIM)), help="[default: image]")
 @click.option("--model", type=click.Choice(MODELS), help="[default: vnp for gp, else transinr]")
 @click.option("--preset", default="small", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
@@ -1983,7 +2047,6 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
     if (out / "ckpt.pt").exists():
         ckpt = read_checkpoint(out / "ckpt.pt")
         old = Config(**ckpt["config"])
-        cfg = replace(old, steps=cfg.steps, minutes=cfg.minutes) if resume and not task else cfg
         if replace(cfg, steps=0, minutes=0.0) != replace(old, steps=0, minutes=0.0):
             raise ValueError(f"{out} holds a run of another configuration; choose another --out")
     elif resume:
@@ -2000,7 +2063,7 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
     steps = cfg.steps or (0 if cfg.minutes else -(-cfg.epochs * len(train_set) // cfg.batch_size))
     ended = train_run(run, train_set, out, steps, cfg.minutes)
     if ended:
-        return click.echo(f"{ended}: saved step {run.step}; continue with the same command and --resume")
+        return click.echo(f"{ended}: saved step {run.step}; the same command and --resume goes on")
     run.model.eval()
     save_picture(samples_sheet(run.model, test_set, device), out / "samples.png")
     scores = score(run.model, test_set, device, data)
@@ -2036,7 +2099,7 @@ def score(model, data, device, path=None, tto=0) -> dict:
 @cli.command(name="eval")
 @click.argument("ckpt", type=click.Path())
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
-@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
+@click.option("--split", type=click.Choice(list(CELEBA)), default="test", show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
 @click.option("--size", type=click.IntRange(1), default=None, help="Only this many test signals.")
 @click.option("--device", default="auto", show_default=True)
@@ -2045,7 +2108,8 @@ def evaluate_command(ckpt, data, split, tto, size, device, json_file):
     """Score a checkpoint on held-out signals."""
     device = choose_device(device)
     model = load(ckpt, device.name)
-    scores = score(model, DATASETS[model.cfg.task](model.cfg, data, split, size or 0), device, data, tto)
+    signals = DATASETS[model.cfg.task](model.cfg, data, split, size or 0)
+    scores = score(model, signals, device, data, tto)
     report(scores)
     if json_file:
         with atomic(json_file) as part:
@@ -2056,11 +2120,14 @@ def evaluate_command(ckpt, data, split, tto, size, device, json_file):
 @click.argument("ckpt", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
-@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True, help="Its side in pixels.")
+@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
 @click.option("--device", default="auto", show_default=True)
 def render(ckpt, source, out, size, tto, device):
-    """Encode INPUT and draw the function: photo -> picture, object folder -> turntable, CSV -> plot."""
+    """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, CSV -> plot.
+
+    An object is a folder with transforms.json, or such a folder within a zip: set.zip/class/id.
+    """
     model = load(ckpt, choose_device(device).name)
     if model.cfg.task == "image":
         save_picture(render_image(model, source, size, tto), out)
@@ -2081,7 +2148,8 @@ def inspect(ckpt, image, out):
     """Draw what the weight tokens of each INR layer look at, and the weights that they write."""
     model = load(ckpt)
     if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
-        raise ValueError(f"inspect takes a TransINR of images, {ckpt} is {model.cfg.model} on {model.cfg.task}")
+        raise ValueError(f"inspect takes a TransINR of images; {ckpt} is a {model.cfg.model} of "
+                         f"{model.cfg.task}")
     save_picture(attention_sheet(model, read_context(model, image)), out)
     click.echo(f"wrote {out}")
 
