@@ -1,6 +1,6 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
-    python -m pytest -q
+python -m pytest -q
 """
 
 import io
@@ -25,16 +25,33 @@ from tinyinr import Config, build, make_config
 ROOT = Path(__file__).parent
 PARITY = ROOT / "data" / "parity"
 CELLS = [(task, model) for task in tinyinr.COORD_DIM for model in tinyinr.MODELS]
-SIZES = dict(dim=32, depth=2, heads=2, head_dim=16, ff_dim=48, groups=8, inr_depth=3, inr_width=32,
-             freqs=6, hidden=24, blocks=2, latent=5, cross_depth=2, cross_heads=2, cross_ff=40)
+SIZES = dict(
+    dim=32,
+    depth=2,
+    heads=2,
+    head_dim=16,
+    ff_dim=48,
+    groups=8,
+    inr_depth=3,
+    inr_width=32,
+    freqs=6,
+    hidden=24,
+    blocks=2,
+    latent=5,
+    cross_depth=2,
+    cross_heads=2,
+    cross_ff=40,
+)
 
 
 def tiny(task, model, **given) -> torch.nn.Module:
     """A small random model, with latents and styles that matter."""
     torch.manual_seed(0)
-    shape = {"image": dict(image_size=16, patch=4, padding=0, freq_top=16.0),
-             "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
-             "gp": dict(grid=48, freq_top=16.0)}[task]
+    shape = {
+        "image": dict(image_size=16, patch=4, padding=0, freq_top=16.0),
+        "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
+        "gp": dict(grid=48, freq_top=16.0),
+    }[task]
     return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
 
 
@@ -51,7 +68,9 @@ def rand(*shape, seed=0):
 def signals(task, batch=3, targets=7, size=16):
     """Random context and query of a task."""
     if task == "image":
-        return {"image": rand(batch, 3, size, size)}, {"coords": 2 * rand(batch, targets, 2, seed=1) - 1}
+        return {"image": rand(batch, 3, size, size)}, {
+            "coords": 2 * rand(batch, targets, 2, seed=1) - 1
+        }
     if task == "gp":
         context = {"x": 4 * rand(batch, 9, 1) - 2, "y": rand(batch, 9, 1, seed=1)}
         return context, {"x": 4 * rand(batch, targets, 1, seed=2) - 2}
@@ -85,8 +104,16 @@ def test_groups_must_divide_the_width_and_the_remedy_is_valid():
     Config(groups=16)
 
 
-@pytest.mark.parametrize("field, value", [("task", "video"), ("model", "gan"), ("decay", "cosine"),
-                                          ("latent_pool", "none"), ("kernel", "white")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("task", "video"),
+        ("model", "gan"),
+        ("decay", "cosine"),
+        ("latent_pool", "none"),
+        ("kernel", "white"),
+    ],
+)
 def test_an_unknown_choice_lists_the_known_ones(field, value):
     with pytest.raises(ValueError, match=f"{field}='{value}' is unknown; choose from"):
         Config(**{field: value})
@@ -220,10 +247,20 @@ def test_attention_equals_softmax_by_hand():
 def test_block_equals_pytorchs_own_layer():
     """nn.TransformerEncoderLayer, pre-norm and GELU, with the same weights."""
     block = tinyinr.Block(Config(dim=32, heads=4, head_dim=8, ff_dim=48))
-    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, 0, "gelu", batch_first=True, norm_first=True)
-    state = {"self_attn.in_proj_weight": block.qkv.weight, "self_attn.in_proj_bias": torch.zeros(96)}
-    for ours, theirs in (("out", "self_attn.out_proj"), ("ff1", "linear1"), ("ff2", "linear2"),
-                         ("norm1", "norm1"), ("norm2", "norm2")):
+    layer = torch.nn.TransformerEncoderLayer(
+        32, 4, 48, 0, "gelu", batch_first=True, norm_first=True
+    )
+    state = {
+        "self_attn.in_proj_weight": block.qkv.weight,
+        "self_attn.in_proj_bias": torch.zeros(96),
+    }
+    for ours, theirs in (
+        ("out", "self_attn.out_proj"),
+        ("ff1", "linear1"),
+        ("ff2", "linear2"),
+        ("norm1", "norm1"),
+        ("norm2", "norm2"),
+    ):
         state |= {f"{theirs}.{k}": v for k, v in getattr(block, ours).named_parameters()}
     layer.load_state_dict(state)
     x = rand(2, 6, 32)
@@ -249,7 +286,10 @@ def test_set_convolution_equals_a_loop():
     scales = tokenizer.log_scale.exp().tolist()
     for s, scale in enumerate(scales):
         for g in (0, 20, 47):
-            w = [math.exp(-0.5 * ((float(a) - float(tokenizer.points[g])) / scale) ** 2) for a in x[0]]
+            w = [
+                math.exp(-0.5 * ((float(a) - float(tokenizer.points[g])) / scale) ** 2)
+                for a in x[0]
+            ]
             signal = sum(a * float(b) for a, b in zip(w, y[0])) / (sum(w) + 1e-4)
             assert abs(float(out[0, s, g]) - signal) < 1e-5
             assert abs(float(out[0, len(scales) + s, g]) - math.log1p(sum(w))) < 1e-5
@@ -346,7 +386,10 @@ def test_modulated_linear_equals_a_loop_over_samples():
 
 
 def test_kl_equals_torch_distributions_and_is_zero_for_equal_ones():
-    q, p = (tinyinr.Gaussian(rand(4, 1, 6, seed=i) - 0.5, 0.1 + rand(4, 1, 6, seed=i + 9)) for i in (0, 1))
+    q, p = (
+        tinyinr.Gaussian(rand(4, 1, 6, seed=i) - 0.5, 0.1 + rand(4, 1, 6, seed=i + 9))
+        for i in (0, 1)
+    )
     normal = torch.distributions.Normal
     want = torch.distributions.kl_divergence(normal(*q), normal(*p)).sum((1, 2))
     torch.testing.assert_close(tinyinr.kl_divergence(q, p), want)
@@ -359,7 +402,9 @@ def test_latents_drawn_once_give_the_same_values_as_noise(task):
     code, eps = model.encode(context), torch.randn(2, 3, 1, 5)
     z, kl = model.latents(code, query, eps)
     assert z.shape == (2, 3, 1, 5) and (kl == 0).all()
-    torch.testing.assert_close(model.decode(code, query, z=z).mean, model.decode(code, query, eps).mean)
+    torch.testing.assert_close(
+        model.decode(code, query, z=z).mean, model.decode(code, query, eps).mean
+    )
     target = rand(3, 7, tinyinr.VALUE_DIM[task] if task != "nvs" else 3, seed=4)
     z, kl = model.latents(code, query, eps, target)
     assert kl.shape == (3,) and (kl > 0).all()
@@ -406,8 +451,10 @@ def test_targets_are_independent_of_each_other_and_of_their_order(task, name):
 def test_curves_do_not_depend_on_the_order_of_the_context(name):
     model, (context, query) = tiny("gp", name), signals("gp")
     order = torch.randperm(9)
-    a, b = (model.decode(model.encode(c), query).mean
-            for c in (context, {k: v[:, order] for k, v in context.items()}))
+    a, b = (
+        model.decode(model.encode(c), query).mean
+        for c in (context, {k: v[:, order] for k, v in context.items()})
+    )
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -426,10 +473,15 @@ def test_an_empty_context_gives_finite_predictions(name):
 @pytest.mark.parametrize("name", tinyinr.MODELS)
 def test_a_chunked_picture_equals_an_unchunked_one_exactly(name):
     model, (context, _) = tiny("nvs", name), signals("nvs", batch=1)
-    o, d = (r.flatten(1, 2) for r in tinyinr.camera_rays(poses(1), torch.tensor([[20.0, 20.0]]), 24, 24))
+    o, d = (
+        r.flatten(1, 2)
+        for r in tinyinr.camera_rays(poses(1), torch.tensor([[20.0, 20.0]]), 24, 24)
+    )
     code = model.encode(context)
-    whole, *cut = (tinyinr.predict(model, code, {"rays_o": o, "rays_d": d}, chunk=c).mean
-                   for c in (1 << 30, 64 * 12, 200 * 12))
+    whole, *cut = (
+        tinyinr.predict(model, code, {"rays_o": o, "rays_d": d}, chunk=c).mean
+        for c in (1 << 30, 64 * 12, 200 * 12)
+    )
     assert all(torch.equal(c, whole) for c in cut)
 
 
@@ -470,7 +522,9 @@ def test_official_transinr_image_outputs():
 
 def views(f):
     context = {k: f[f"in.{k}"] for k in ("images", "poses", "focals")}
-    return context, {k: f[f"in.{k}"] for k in ("rays_o", "rays_d", "near", "far", "points_per_ray")}
+    return context, {
+        k: f[f"in.{k}"] for k in ("rays_o", "rays_d", "near", "far", "points_per_ray")
+    }
 
 
 def test_official_transinr_view_synthesis_outputs():
@@ -514,7 +568,9 @@ def photos(folder, count=4, size=24):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         small = (rand(3, 3, 3, seed=i) * 255).byte().numpy()
-        Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
+        Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(
+            folder / f"p{i}.png"
+        )
     return folder
 
 
@@ -558,8 +614,20 @@ def test_epochs_are_permutations_and_any_step_can_be_drawn_alone():
 
 
 def image_config(**given):
-    return Config(**SIZES | dict(image_size=16, patch=4, padding=0, freq_top=16.0, batch_size=2,
-                                 identity_init=True, minutes=0.0, steps=4) | given)
+    return Config(
+        **SIZES
+        | dict(
+            image_size=16,
+            patch=4,
+            padding=0,
+            freq_top=16.0,
+            batch_size=2,
+            identity_init=True,
+            minutes=0.0,
+            steps=4,
+        )
+        | given
+    )
 
 
 def test_celeba_has_its_official_split(tmp_path):
@@ -567,8 +635,10 @@ def test_celeba_has_its_official_split(tmp_path):
     folder.mkdir()
     for i in (1, 162770, 162771, 182637, 182638, 202599):
         picture((16, 16)).save(folder / f"{i:06}.jpg")
-    names = {s: [int(Path(n).stem) for n in tinyinr.ImageData(image_config(), tmp_path, s).names]
-             for s in ("train", "val", "test")}
+    names = {
+        s: [int(Path(n).stem) for n in tinyinr.ImageData(image_config(), tmp_path, s).names]
+        for s in ("train", "val", "test")
+    }
     assert names == {"train": [1, 162770], "val": [162771, 182637], "test": [182638, 202599]}
 
 
@@ -577,7 +647,9 @@ def test_trees_with_folders_and_without_are_split_without_overlap(tmp_path):
     sizes = [len(tinyinr.ImageData(image_config(), tmp_path / "a", s)) for s in ("train", "test")]
     assert sizes == [4, 2]  # Imagenette's val is its test split
     photos(tmp_path / "b", 20)
-    train, test = (tinyinr.ImageData(image_config(), tmp_path / "b", s).names for s in ("train", "test"))
+    train, test = (
+        tinyinr.ImageData(image_config(), tmp_path / "b", s).names for s in ("train", "test")
+    )
     assert len(train) == 18 and len(test) == 2 and not set(train) & set(test)
 
 
@@ -593,8 +665,11 @@ def test_a_training_batch_holds_the_pixels_at_its_coordinates(tmp_path):
     data = tinyinr.ImageData(image_config(queries=30), photos(tmp_path, 5), "train")
     context, query, target = next(data.batches("cpu"))
     sampled = torch.nn.functional.grid_sample(  # an independent reader: (x, y) in [-1, 1]
-        context["image"], query["coords"].flip(-1)[None].expand(2, 1, -1, -1).reshape(2, 1, -1, 2),
-        mode="nearest", align_corners=False)
+        context["image"],
+        query["coords"].flip(-1)[None].expand(2, 1, -1, -1).reshape(2, 1, -1, 2),
+        mode="nearest",
+        align_corners=False,
+    )
     torch.testing.assert_close(sampled[:, :, 0].transpose(1, 2), target)
 
 
@@ -638,8 +713,9 @@ def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
     """After augmentation the picture is what the moved camera sees of the moved world."""
     images, cameras = rand(6, 2, 3, 8, 8), poses(6, 2)
     focals = torch.full((6, 2, 2), 9.0)
-    moved_images, moved = tinyinr.augment_scenes(images, cameras, "turn mirror recolor",
-                                                   torch.Generator().manual_seed(1))
+    moved_images, moved = tinyinr.augment_scenes(
+        images, cameras, "turn mirror recolor", torch.Generator().manual_seed(1)
+    )
     r = moved[..., :3]
     torch.testing.assert_close(r @ r.mT, torch.eye(3).expand(6, 2, 3, 3), atol=1e-5, rtol=0)
     assert (r.det() > 0.99).all()
@@ -649,7 +725,9 @@ def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
         mirrored = not torch.allclose(moved_images[b].sum(1), images[b].sum(1))
         want = d[b].flip(-2) if mirrored else d[b]  # (V, H, W, 3) before the world moved
         a, c = want.reshape(-1, 3), e[b].reshape(-1, 3)
-        torch.testing.assert_close(a @ a.T, c @ c.T, atol=1e-4, rtol=1e-4)  # the same up to a motion
+        torch.testing.assert_close(
+            a @ a.T, c @ c.T, atol=1e-4, rtol=1e-4
+        )  # the same up to a motion
         torch.testing.assert_close(a[:, 2], c[:, 2], atol=1e-5, rtol=1e-4)  # up stays up
 
 
@@ -657,9 +735,11 @@ def test_curves_have_the_covariance_of_their_kernel():
     gen = torch.Generator().manual_seed(0)
     x = torch.tensor([[[0.0], [0.3]]], dtype=torch.float64)
     hyper = [torch.full((1, 1, 1), v, dtype=torch.float64) for v in (0.4, 0.8, 0.25)]
-    by_hand = {"rbf": 0.64 * math.exp(-0.5 * (0.3 / 0.4) ** 2),
-               "matern52": 0.64 * (1 + 5**0.5 * 0.75 + 5 / 3 * 0.75**2) * math.exp(-(5**0.5) * 0.75),
-               "periodic": 0.64 * math.exp(-2 * (math.sin(math.pi * 0.3 / 0.25) / 0.4) ** 2)}
+    by_hand = {
+        "rbf": 0.64 * math.exp(-0.5 * (0.3 / 0.4) ** 2),
+        "matern52": 0.64 * (1 + 5**0.5 * 0.75 + 5 / 3 * 0.75**2) * math.exp(-(5**0.5) * 0.75),
+        "periodic": 0.64 * math.exp(-2 * (math.sin(math.pi * 0.3 / 0.25) / 0.4) ** 2),
+    }
     for kernel, want in by_hand.items():
         k = tinyinr.covariance(kernel, x, x, *hyper)[0]
         assert abs(float(k[0, 1]) - want) < 1e-12 and abs(float(k[0, 0]) - 0.64) < 1e-12
@@ -684,7 +764,11 @@ def test_gp_posterior_equals_conditioning_by_numpy():
 def test_psnr_and_likelihood_by_hand():
     a, b = torch.full((1, 4, 3), 0.6), torch.full((1, 4, 3), 0.5)
     assert abs(float(tinyinr.psnr(a, b)) - 20) < 1e-4
-    assert float(tinyinr.psnr(a + 1, torch.ones(1, 4, 3))) > 100 > float(tinyinr.psnr(a + 1, b + 0.5, False))
+    assert (
+        float(tinyinr.psnr(a + 1, torch.ones(1, 4, 3)))
+        > 100
+        > float(tinyinr.psnr(a + 1, b + 0.5, False))
+    )
     mean, std, y = rand(2, 5, 1), 0.1 + rand(2, 5, 1, seed=1), rand(2, 5, 1, seed=2)
     want = torch.distributions.Normal(mean, std).log_prob(y)
     torch.testing.assert_close(tinyinr.log_likelihood(tinyinr.Prediction(mean, std), y), want)
@@ -696,7 +780,9 @@ def test_psnr_and_likelihood_by_hand():
 def test_the_schedules():
     step = Config(warmup=10)
     assert tinyinr.schedule(step, 0, 0.0) == pytest.approx(0.1)
-    assert tinyinr.schedule(step, 50, 0.79) == 1 and tinyinr.schedule(step, 50, 0.8) == pytest.approx(0.1)
+    assert tinyinr.schedule(step, 50, 0.79) == 1 and tinyinr.schedule(
+        step, 50, 0.8
+    ) == pytest.approx(0.1)
     linear = Config(decay="linear", hold=0.5)
     values = [tinyinr.schedule(linear, 0, p) for p in (0.0, 0.5, 0.75, 1.0)]
     assert values == pytest.approx([1, 1, 0.5, 0])
@@ -742,10 +828,35 @@ def test_device_choices(monkeypatch):
     assert (device.name, device.dtype, device.fused) == ("cuda", torch.bfloat16, True)
 
 
-TRAIN = ["train", "--task", "image", "--device", "cpu", "--batch-size", "2", "--set", "image_size=16",
-         "--set", "patch=4", "--set", "dim=32", "--set", "depth=1", "--set", "heads=2",
-         "--set", "head_dim=16", "--set", "ff_dim=32", "--set", "inr_width=16", "--set", "groups=4",
-         "--set", "queries=64"]
+TRAIN = [
+    "train",
+    "--task",
+    "image",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "2",
+    "--set",
+    "image_size=16",
+    "--set",
+    "patch=4",
+    "--set",
+    "dim=32",
+    "--set",
+    "depth=1",
+    "--set",
+    "heads=2",
+    "--set",
+    "head_dim=16",
+    "--set",
+    "ff_dim=32",
+    "--set",
+    "inr_width=16",
+    "--set",
+    "groups=4",
+    "--set",
+    "queries=64",
+]
 
 
 @pytest.fixture(scope="module")
@@ -764,7 +875,9 @@ def test_training_leaves_checkpoint_log_and_picture(trained):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6 and {"loss", "psnr", "lr", "ms", "signals_per_s"} <= set(rows[-1])
     assert Image.open(out / "samples.png").size[0] > 64
-    output = run("eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json", "--device", "cpu")
+    output = run(
+        "eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json", "--device", "cpu"
+    )
     scores = json.loads((out.parent / "s.json").read_text())
     assert scores["all"]["pictures"] == 2 and "psnr_unclamped" in output
 
@@ -827,8 +940,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(trained, tmp_path, 
 
 def start(*args):
     """The command line in a process of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "tinyinr.py", *map(str, args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tinyinr.py", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(path, process, seconds=60):
@@ -840,8 +957,17 @@ def wait_for(path, process, seconds=60):
 
 def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_loads(tmp_path):
     photos(tmp_path / "photos", 12)
-    args = (*TRAIN, "--data", tmp_path / "photos", "--steps", 100000, "--out", tmp_path / "run",
-            "--set", "save_every=0.01")
+    args = (
+        *TRAIN,
+        "--data",
+        tmp_path / "photos",
+        "--steps",
+        100000,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "save_every=0.01",
+    )
     process = start(*args)
     wait_for(tmp_path / "run" / "ckpt.pt", process)
     process.send_signal(signal.SIGTERM)
@@ -870,9 +996,18 @@ def test_every_cell_learns(task, name, tmp_path):
     elif task == "nvs":
         for i, angle in enumerate((0.5, 0.6, 0.7, 0.8)):
             write_scene(tmp_path / "balls" / str(i), angle=angle)
-        (tmp_path / "ball_splits.json").write_text(json.dumps({"train": list("0123"), "test": ["0"]}))
-        cfg = image_config(task="nvs", model=name, points_per_ray=12, radius=1.0, density_gain=20.0,
-                           beta=1e-3, **small)
+        (tmp_path / "ball_splits.json").write_text(
+            json.dumps({"train": list("0123"), "test": ["0"]})
+        )
+        cfg = image_config(
+            task="nvs",
+            model=name,
+            points_per_ray=12,
+            radius=1.0,
+            density_gain=20.0,
+            beta=1e-3,
+            **small,
+        )
         data = tinyinr.SceneData(cfg, tmp_path, "train")
     else:
         cfg = Config(task="gp", model=name, **SIZES | small | dict(freq_top=16.0, queries=20))
@@ -928,22 +1063,48 @@ def test_render_agrees_with_decode(trained, tmp_path):
 
 def test_official_checkpoints_render(tmp_path):
     picture((40, 40)).save(tmp_path / "p.png")
-    run("render", PARITY / "transinr_image_1.pth", tmp_path / "p.png", "-o", tmp_path / "o.png", "--size", 30)
+    run(
+        "render",
+        PARITY / "transinr_image_1.pth",
+        tmp_path / "p.png",
+        "-o",
+        tmp_path / "o.png",
+        "--size",
+        30,
+    )
     write_scene(tmp_path / "scene", size=24)
     for name in ("transinr_nvs_1", "vnp_1"):
-        run("render", PARITY / f"{name}.pth", tmp_path / "scene", "-o", tmp_path / "o.gif", "--size", 8)
+        run(
+            "render",
+            PARITY / f"{name}.pth",
+            tmp_path / "scene",
+            "-o",
+            tmp_path / "o.gif",
+            "--size",
+            8,
+        )
         assert Image.open(tmp_path / "o.gif").n_frames == 36
 
 
 def test_a_csv_becomes_a_plot(tmp_path):
-    torch.save({"config": vars(tiny("gp", "vnp").cfg) | {"context": [1.0, 1.0]},
-                "model": tiny("gp", "vnp").state_dict()}, tmp_path / "c.pt")
+    torch.save(
+        {
+            "config": vars(tiny("gp", "vnp").cfg) | {"context": [1.0, 1.0]},
+            "model": tiny("gp", "vnp").state_dict(),
+        },
+        tmp_path / "c.pt",
+    )
     (tmp_path / "p.csv").write_text("x,y\n-1,0.5\n0,0.2\n0,0.3\n1.5,-1\n")
     run("render", tmp_path / "c.pt", tmp_path / "p.csv", "-o", tmp_path / "o.png", "--size", 240)
     assert Image.open(tmp_path / "o.png").size == (240, 160)
 
 
-BAD_CSV = {"text": "x,y\n1,2\n3,hello\n", "nan": "1,nan\n", "one column": "1\n2\n", "no rows": "x,y\n"}
+BAD_CSV = {
+    "text": "x,y\n1,2\n3,hello\n",
+    "nan": "1,nan\n",
+    "one column": "1\n2\n",
+    "no rows": "x,y\n",
+}
 
 
 @pytest.mark.parametrize("kind", BAD_CSV)
@@ -967,19 +1128,49 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
     for args, words in [
         ((*TRAIN, "--data", tmp_path / "none", "--out", tmp_path / "o"), "no such folder or zip"),
         ((*TRAIN, "--data", tmp_path / "empty", "--out", tmp_path / "o"), "no pictures"),
-        ((*TRAIN, "--data", tmp_path / "broken", "--out", tmp_path / "o"), "none of 1 pictures could be"),
-        ((*TRAIN, "--preset", "huge", "--out", tmp_path / "o"), "choose from small, transinr-celeba"),
-        ((*TRAIN, "--set", "groups=5", "--out", tmp_path / "o"), "groups=5 must divide inr_width=16"),
+        (
+            (*TRAIN, "--data", tmp_path / "broken", "--out", tmp_path / "o"),
+            "none of 1 pictures could be",
+        ),
+        (
+            (*TRAIN, "--preset", "huge", "--out", tmp_path / "o"),
+            "choose from small, transinr-celeba",
+        ),
+        (
+            (*TRAIN, "--set", "groups=5", "--out", tmp_path / "o"),
+            "groups=5 must divide inr_width=16",
+        ),
         ((*TRAIN, "--set", "colour=1", "--out", tmp_path / "o"), "--set='colour' is unknown"),
-        ((*TRAIN, "--data", data, "--seed", 5, "--out", out), "holds a run of another configuration"),
+        (
+            (*TRAIN, "--data", data, "--seed", 5, "--out", out),
+            "holds a run of another configuration",
+        ),
         (("train", "--resume", "--out", tmp_path / "o"), "nothing to resume"),
-        (("render", out / "ckpt.pt", tmp_path / "two.png", "-o", target), "fewer than the 4 x 4 patches"),
-        (("render", out / "ckpt.pt", tmp_path / "broken" / "a.png", "-o", target), "not a picture"),
-        (("render", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "out.xyz"), "end the name in .png"),
+        (
+            ("render", out / "ckpt.pt", tmp_path / "two.png", "-o", target),
+            "fewer than the 4 x 4 patches",
+        ),
+        (
+            ("render", out / "ckpt.pt", tmp_path / "broken" / "a.png", "-o", target),
+            "not a picture",
+        ),
+        (
+            ("render", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "out.xyz"),
+            "end the name in .png",
+        ),
         (("render", tmp_path / "none.pt", data / "p0.png", "-o", target), "no such checkpoint"),
-        (("render", tmp_path / "cut.pt", data / "p0.png", "-o", target), "not a readable checkpoint"),
-        (("render", tmp_path / "pickled.pt", data / "p0.png", "-o", target), "not a readable checkpoint"),
-        (("inspect", PARITY / "vnp_1.pth", data / "p0.png", "-o", target), "inspect takes a TransINR"),
+        (
+            ("render", tmp_path / "cut.pt", data / "p0.png", "-o", target),
+            "not a readable checkpoint",
+        ),
+        (
+            ("render", tmp_path / "pickled.pt", data / "p0.png", "-o", target),
+            "not a readable checkpoint",
+        ),
+        (
+            ("inspect", PARITY / "vnp_1.pth", data / "p0.png", "-o", target),
+            "inspect takes a TransINR",
+        ),
     ]:
         output = run(*args, code=2)
         assert words in output and output.count("Error") == 1, (words, output)
@@ -995,12 +1186,18 @@ def test_broken_pictures_among_good_ones_are_named_counted_and_left_out(tmp_path
     assert "z.png" in output and "1 of 4 pictures are unreadable" in output
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(camera_angle_x="wide"), "malformed"),
-    (dict(frames=[]), "frames"),
-    (dict(frames=[{"file_path": "./r_9", "transform_matrix": np.eye(4).tolist()}]), "absent"),
-    (dict(frames=[{"file_path": "./r_0", "transform_matrix": (2 * np.eye(4)).tolist()}]), "not a rotation"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(camera_angle_x="wide"), "malformed"),
+        (dict(frames=[]), "frames"),
+        (dict(frames=[{"file_path": "./r_9", "transform_matrix": np.eye(4).tolist()}]), "absent"),
+        (
+            dict(frames=[{"file_path": "./r_0", "transform_matrix": (2 * np.eye(4)).tolist()}]),
+            "not a rotation",
+        ),
+    ],
+)
 def test_a_malformed_scene_is_named(change, words, tmp_path):
     write_scene(tmp_path / "s", **change)
     with pytest.raises(ValueError, match=f"s/transforms.json.*{words}"):

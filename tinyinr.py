@@ -73,6 +73,7 @@ class Config:
     image_size: int = 178  # side of a training image in pixels
     patch: int = 9
     padding: int = 1
+    view_positions: bool = False  # scenes: patches of views get a learned position each, too
     merge: int = 1  # VNP images: merge x merge patches become one token, the bottleneck
     context: tuple = (1.0, 1.0)  # images: range of the part of the pixels that is seen
     grid: int = 192  # gp: points of the grid of the set convolution
@@ -166,11 +167,12 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         ("image", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=32,
             freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16,
-            queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear"),
+            queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear",
+            flip=True),
         ("nvs", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
-            queries=128, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
+            queries=128, view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
             augment="mirror recolor", lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100,
             decay="linear"),
         ("gp", "vnp"): dict(
@@ -189,9 +191,9 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         ("nvs", "vnp"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
             freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
-            points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment="mirror recolor", beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3, muon_lr=0.02, beta2=0.95,
-            warmup=50, decay="linear", clip=1.0),
+            view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
+            augment="mirror recolor", beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3,
+            muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
     },
     "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
     "transinr-imagenette": {("image", "transinr"): dict(epochs=400, random_crop=True, flip=True)},
@@ -437,10 +439,11 @@ class Tokenizer(nn.Module):
         self.cfg = cfg
         if cfg.task == "gp":
             self.set = SetTokenizer(cfg)
-        elif cfg.task == "nvs":
-            self.patches = PatchTokenizer(9, cfg)
+            return
+        side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
+        if cfg.task == "nvs":
+            self.patches = PatchTokenizer(9, cfg, side**2 if cfg.view_positions else 0)
         else:
-            side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
             self.patches = PatchTokenizer(4 if cfg.masked else 3, cfg, side**2)
 
     def forward(self, context: dict) -> Tensor:
@@ -461,8 +464,11 @@ class Tokenizer(nn.Module):
         return self.patches(image)
 
     def views(self, images, poses, focals):  # (B, V, 3, H, W), (B, V, 3, 4), (B, V, 2)
-        rays = torch.cat(camera_rays(poses, focals, *images.shape[-2:]), -1)  # (B, V, H, W, 6)
-        pixels = torch.cat((images, rays.movedim(-1, 2).to(images.dtype)), 2).flatten(0, 1)
+        o, d = camera_rays(poses, focals, *images.shape[-2:])  # (B, V, H, W, 3)
+        if self.cfg.view_positions:  # deviates from [1]: learned positions, inputs of like size
+            images, o = 2 * images - 1, o * 2 / (self.cfg.near + self.cfg.far)
+        rays = torch.cat((o, d), -1).movedim(-1, 2).to(images.dtype)
+        pixels = torch.cat((images, rays), 2).flatten(0, 1)  # (B V, 9, H, W)
         return self.patches(pixels).unflatten(0, images.shape[:2]).flatten(1, 2)  # (B, V T, D)
 
 
@@ -2101,13 +2107,15 @@ def score(model, data, device, path=None, tto=0) -> dict:
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
 @click.option("--split", type=click.Choice(list(CELEBA)), default="test", show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
-@click.option("--size", type=click.IntRange(1), default=None, help="Only this many test signals.")
+@click.option("--size", type=click.IntRange(1), help="Only this many test signals.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Write the scores here too.")
-def evaluate_command(ckpt, data, split, tto, size, device, json_file):
+def evaluate_command(ckpt, data, split, tto, size, views, device, json_file):
     """Score a checkpoint on held-out signals."""
     device = choose_device(device)
     model = load(ckpt, device.name)
+    model.cfg = replace(model.cfg, views=views or model.cfg.views)
     signals = DATASETS[model.cfg.task](model.cfg, data, split, size or 0)
     scores = score(model, signals, device, data, tto)
     report(scores)
@@ -2122,13 +2130,15 @@ def evaluate_command(ckpt, data, split, tto, size, device, json_file):
 @click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
 @click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimisation.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--device", default="auto", show_default=True)
-def render(ckpt, source, out, size, tto, device):
+def render(ckpt, source, out, size, tto, views, device):
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, CSV -> plot.
 
     An object is a folder with transforms.json, or such a folder within a zip: set.zip/class/id.
     """
     model = load(ckpt, choose_device(device).name)
+    model.cfg = replace(model.cfg, views=views or model.cfg.views)
     if model.cfg.task == "image":
         save_picture(render_image(model, source, size, tto), out)
     elif model.cfg.task == "gp":
