@@ -172,8 +172,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         ("nvs", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
-            queries=128, view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment="mirror recolor", lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100,
+            queries=128, view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0,
+            color_gain=4.0, augment="mirror recolor", lr=5e-4, muon_lr=0.01, beta2=0.95, warmup=100,
             decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
@@ -466,7 +466,7 @@ class Tokenizer(nn.Module):
     def views(self, images, poses, focals):  # (B, V, 3, H, W), (B, V, 3, 4), (B, V, 2)
         o, d = camera_rays(poses, focals, *images.shape[-2:])  # (B, V, H, W, 3)
         if self.cfg.view_positions:  # deviates from [1]: learned positions, inputs of like size
-            images, o = 2 * images - 1, o * 2 / (self.cfg.near + self.cfg.far)
+            images, o = 4 * images - 2, o * 2 / (self.cfg.near + self.cfg.far)
         rays = torch.cat((o, d), -1).movedim(-1, 2).to(images.dtype)
         pixels = torch.cat((images, rays), 2).flatten(0, 1)  # (B V, 9, H, W)
         return self.patches(pixels).unflatten(0, images.shape[:2]).flatten(1, 2)  # (B, V T, D)
