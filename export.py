@@ -1,9 +1,9 @@
-"""export: a checkpoint of tinyinr as ONNX files that run anywhere, verified before they are written.
+"""export: checkpoints of tinyinr as ONNX files that run anywhere, verified before they are written.
 
     python export.py runs/image-transinr/ckpt.pt             # ckpt.encoder.onnx, ckpt.decoder.onnx
     python export.py runs/image-transinr/ckpt.pt --fused     # ckpt.onnx
 
-    encoder: context -> code     decoder: code + query -> values     fused: context + query -> values
+    encoder: context -> code    decoder: code + query -> values    fused: context + query -> values
 
 What goes in and comes out is fp32 and has the names of tinyinr.py; only a fused graph of curves
 calls the query's x `query_x`. Dimensions are free and named, but where the architecture fixes
@@ -13,7 +13,6 @@ them. Nothing is drawn inside: a VNP's noise `eps` is an input. The file's metad
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import warnings
 from dataclasses import asdict
@@ -129,10 +128,10 @@ def value_shapes(cfg: Config) -> dict[str, tuple]:
 
 EXAMPLE = {"batch": 2, "views": 3, "points": 6, "queries": 5}  # distinct, so that none is confused
 
-IN_RANGE = {  # uniform numbers in [0, 1) -> an input that makes sense; rays pass the scene or hit it
+IN_RANGE = {  # uniform numbers in [0, 1) -> inputs that make sense; rays hit a scene or miss it
     "mask": lambda u, cfg: (u < 0.7).float(),
-    "poses": lambda u, cfg: torch.stack(
-        [tinyinr.look_at(4 * F.normalize(v, dim=0)) for v in u[..., 0].flatten(0, 1)]).view(u.shape),
+    "poses": lambda u, cfg: torch.stack([tinyinr.look_at(4 * F.normalize(eye, dim=0))
+                                         for eye in u[..., 0].flatten(0, 1)]).view(u.shape),
     "focals": lambda u, cfg: (1 + u) * cfg.image_size,
     "x": lambda u, cfg: 4 * u - 2,
     "query_x": lambda u, cfg: 4 * u - 2,
@@ -147,11 +146,14 @@ IN_RANGE = {  # uniform numbers in [0, 1) -> an input that makes sense; rays pas
 
 
 def draw(cfg: Config, shapes: dict[str, tuple], seed: int = 0, **sizes: int) -> dict[str, Tensor]:
-    """Random tensors of these shapes that make sense; free dimensions not in `sizes` as in EXAMPLE."""
+    """Random tensors of these shapes; free dimensions are as long as in `sizes` or in EXAMPLE."""
     gen = torch.Generator().manual_seed(seed)
     sizes = EXAMPLE | {"height": 4 * cfg.patch, "width": 5 * cfg.patch} | sizes
-    out = {k: torch.rand([sizes.get(n, n) for n in shape], generator=gen) for k, shape in shapes.items()}
-    return {k: IN_RANGE[k](u, cfg) if k in IN_RANGE else u for k, u in out.items()}
+    out = {}
+    for name, shape in shapes.items():
+        u = torch.rand([sizes.get(n, n) for n in shape], generator=gen)
+        out[name] = IN_RANGE[name](u, cfg) if name in IN_RANGE else u
+    return out
 
 
 # ------------------------------------------------------------------------- graphs
@@ -198,11 +200,13 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     with warnings.catch_warnings(action="ignore"):
         proto = torch.onnx.export(
             graph, tuple(graph.draw().values()), dynamo=True, dynamic_shapes=(free,),
-            input_names=list(graph.inputs), output_names=list(graph.outputs),
+            input_names=[IO + k for k in graph.inputs],
+            output_names=[IO + k for k in graph.outputs],
             opset_version=opset, external_data=False, verbose=False).model_proto
     if [(o.domain, o.version) for o in proto.opset_import] != [("", opset)]:
         raise RunFailed(f"{graph.part}: opset {opset} was asked for, {proto.opset_import} came")
     body = proto.graph
+    name_values(body, {*graph.inputs, *graph.outputs})
     name_dimensions(body.input, graph.inputs)
     name_dimensions(body.output, graph.outputs)
     for thing in (proto, body, *body.node, *body.input, *body.output, *body.initializer):
@@ -212,14 +216,28 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     return proto
 
 
+IO = "io."  # PyTorch calls values inside of a graph `mean` too, but none begins so
+
+
+def name_values(body: onnx.GraphProto, public: set[str]):
+    """Take the prefix off inputs and outputs; values inside that have their names get others."""
+    def name(old):
+        return old.removeprefix(IO) if old.startswith(IO) else old + ".inside" * (old in public)
+
+    for value in (*body.input, *body.output, *body.initializer):
+        value.name = name(value.name)
+    for node in body.node:
+        node.input[:], node.output[:] = map(name, node.input), map(name, node.output)
+
+
 def name_dimensions(values, shapes: dict[str, tuple]):
     """Name the free dimensions of inputs or outputs. Errors: RunFailed where one became static."""
     for value, (name, shape) in zip(values, shapes.items(), strict=True):
         dims = value.type.tensor_type.shape.dim
-        if [d.dim_value or "free" for d in dims] != ["free" if isinstance(n, str) else n for n in shape]:
-            raise RunFailed(f"{name} came out as {[d.dim_param or d.dim_value for d in dims]}, "
-                            f"not as {list(shape)}")
-        for d, n in zip(dims, shape):
+        for d, n in zip(dims, shape, strict=True):
+            if (0 if isinstance(n, str) else n) != d.dim_value:
+                raise RunFailed(f"{name} came out as {[d.dim_param or d.dim_value for d in dims]}, "
+                                f"not as {list(shape)}")
             if isinstance(n, str):
                 d.dim_param = n
 
@@ -348,7 +366,7 @@ class Command(click.Command):
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})
 @click.argument("ckpt", type=click.Path())
-@click.option("-o", "--out", metavar="STEM", type=click.Path(), help="[default: CKPT without suffix]")
+@click.option("-o", "--out", metavar="STEM", type=click.Path(), help="[default: that of CKPT]")
 @click.option("--fused", is_flag=True, help="One STEM.onnx from context and query to values.")
 @click.option("--fp16", is_flag=True, help="Store the hypernetwork's weights in half precision.")
 @click.option("--opset", default="20", show_default=True, help="18 or 20.")
@@ -385,8 +403,8 @@ def write(graph: Graph, path: Path, opset: int, fp16: bool, sha256: str):
     proto = lower(graph, opset)
     saved = store_half(proto) if fp16 and graph.part != "decoder" else 0
     annotate(proto, graph, opset, sha256)
-    weights = sum(len(t.raw_data) for t in proto.graph.initializer)
-    onnx.save_model(proto, path, save_as_external_data=weights > ONE_FILE, location=path.name + ".data")
+    large = sum(len(t.raw_data) for t in proto.graph.initializer) > ONE_FILE
+    onnx.save_model(proto, path, save_as_external_data=large, location=f"{path.name}.data")
     if saved:
         size = path.stat().st_size
         click.echo(f"{graph.part:>8}  {size / 1e6:.2f} MB, in fp32 {(size + saved) / 1e6:.2f} MB")

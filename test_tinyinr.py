@@ -987,7 +987,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_l
 
 @pytest.mark.parametrize("task, name", CELLS)
 def test_every_cell_learns(task, name, tmp_path):
-    """A few signals, fitted within seconds: far better than at the start, and the context matters."""
+    """Fitted within seconds: far better than at the start, and the context matters."""
     torch.manual_seed(0)
     small = dict(batch_size=4, queries=64, lr=3e-3, identity_init=True, decay="linear", clip=1.0)
     if task == "image":

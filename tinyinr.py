@@ -150,6 +150,17 @@ class Config:
         return self.task == "image" and self.context != (1.0, 1.0)
 
     @property
+    def tokens(self) -> int:
+        """How many tokens the Transformer reads: of the context, and the INR's weights."""
+        if self.task == "gp":
+            context = -(-self.grid // self.stride)
+        else:
+            context = ((self.image_size + 2 * self.padding) // self.patch // self.merge) ** 2
+            context *= self.views if self.task == "nvs" else 1
+        layers = [self.inr_width] * (self.inr_depth - 1) + [self.out_dim]
+        return context + sum(min(self.groups, n) for n in layers) * (self.model == "transinr")
+
+    @property
     def out_dim(self) -> int:
         """Channels of the field: the values, and their std where the model is Gaussian."""
         gaussian = self.task == "gp" or (self.task == "image" and self.model == "vnp")
@@ -173,8 +184,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
             queries=128, view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0,
-            color_gain=4.0, augment="mirror recolor", lr=5e-4, muon_lr=0.01, beta2=0.95, warmup=100,
-            decay="linear"),
+            color_gain=4.0, augment="mirror recolor", lr=5e-4, muon_lr=0.01, beta2=0.95,
+            warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
             cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=32,
@@ -1007,7 +1018,7 @@ class ImageData(torch.utils.data.Dataset):
         """All pictures or `only` some: (context, query, target (B, 1, H W, 3), label)."""
         only = only or range(len(self))
         grid = pixel_grid(*self.side, device)[None]
-        for fraction in ((0.1, 0.3, 0.5, 1.0) if self.cfg.masked else (1.0,)):
+        for fraction in ((0.3, 0.1, 0.5, 1.0) if self.cfg.masked else (1.0,)):
             for i in range(0, len(only), batch):
                 image = torch.stack([self[k, 0] for k in only[i : i + batch]])
                 image = image.to(device).float() / 255
@@ -1410,12 +1421,12 @@ def load(path, device="cpu") -> nn.Module:
     ckpt = read_checkpoint(path)
     try:
         if "config" in ckpt:
-            cfg, state = Config(**ckpt["config"]), ckpt.get("ema") or ckpt["model"]
+            cfg, state = Config(**ckpt["config"]), ckpt["model"]
         else:
             cfg, state = from_official(*(ckpt["model"][k] for k in ("name", "args", "sd")))
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             model = build(cfg)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint of tinyinr, TransINR or VNP ({reason})") from e
@@ -1548,7 +1559,7 @@ class Run:
             eps = torch.randn(shape, generator=generator(cfg.seed, self.step, 5))
             eps = eps.to(self.device.name)
             beta = cfg.beta * min(1.0, progress / max(1e-9, cfg.beta_warmup))
-        with self.device.autocast(), self.device.attention(131):
+        with self.device.autocast(), self.device.attention(cfg.tokens):
             loss, mse = objective(model, batch, eps, beta)
         loss.backward()
         if cfg.clip:
@@ -1610,6 +1621,9 @@ def train_run(run: Run, data, out: Path, steps: int, minutes: float):
                 run.save(out / "ckpt.pt")
                 saved = now
         run.elapsed = time.monotonic() - start
+        run.check()
+        if sums is not None:
+            log_step(run, out, sums, time.monotonic() - logged, run.step - first, progress)
         run.save(out / "ckpt.pt")
     finally:
         for s, handler in handlers.items():
@@ -1671,8 +1685,7 @@ def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict
     """
     rows = {}
     for context, query, target, label in data.tests(device.name):
-        with device.attention(131):
-            code = model.encode(context)
+        code = model.encode(context)
         if tto:
             code = optimise(model, code, context, tto)
         mean = predict(model, code, query).mean
@@ -1811,7 +1824,12 @@ def portrait(model, context, query, target, side) -> list[Tensor]:
     if "mask" in context:
         image, mask = context["image"], context["mask"]
         out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
-    return out if prediction.std is None else [*out, fold(prediction.std / prediction.std.max())]
+    if prediction.std is not None:
+        out.append(fold(prediction.std / prediction.std.max()))
+    for seed in (1, 2) if cfg.model == "vnp" else ():
+        eps = torch.randn(cfg.blocks, 1, 1, cfg.latent, generator=generator(seed)).to(truth)
+        out.append(fold(predict(model, code, query, model.latents(code, {}, eps)[0]).mean))
+    return out
 
 
 @torch.no_grad()
@@ -1830,7 +1848,7 @@ def samples_sheet(model, data, device: Device, count: int = 12) -> Image.Image:
             c, q = ({k: v[i : i + 1] if len(v) > 1 else v for k, v in d.items()}
                     for d in (context, query))
             columns.append(portrait(model, c, q, target[i : i + 1], data.side))
-    return sheet([[enlarge(to_uint8(p)) for p in row] for row in zip(*columns)])
+    return sheet([[enlarge(to_uint8(p)) for p in row] for row in zip(*columns[:count])])
 
 
 def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320)) -> np.ndarray:
@@ -2072,7 +2090,7 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
         return click.echo(f"{ended}: saved step {run.step}; the same command and --resume goes on")
     run.model.eval()
     save_picture(samples_sheet(run.model, test_set, device), out / "samples.png")
-    scores = score(run.model, test_set, device, data)
+    scores = score(run.model, test_set, device, train_set)
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; held-out:")
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png")
@@ -2091,15 +2109,12 @@ def parse_fields(pairs) -> dict:
     return out
 
 
-def score(model, data, device, path=None, tto=0) -> dict:
-    """The task's held-out scores."""
+def score(model, data, device, known=None, tto=0) -> dict:
+    """The task's held-out scores; for scenes `known` training data give the mean picture."""
     if model.cfg.task == "gp":
         return evaluate_curves(model, data, device)
-    mean = None
-    if model.cfg.task == "nvs":
-        known = SceneData(model.cfg, path, "train")
-        mean = known.images.float().mean(0).flatten(1).T / 255  # (H W, 3)
-    return evaluate(model, data, device, tto, mean)
+    mean = known.images.float().mean(0).flatten(1).T / 255 if model.cfg.task == "nvs" else None
+    return evaluate(model, data, device, tto, mean)  # mean: (H W, 3)
 
 
 @cli.command(name="eval")
@@ -2117,7 +2132,8 @@ def evaluate_command(ckpt, data, split, tto, size, views, device, json_file):
     model = load(ckpt, device.name)
     model.cfg = replace(model.cfg, views=views or model.cfg.views)
     signals = DATASETS[model.cfg.task](model.cfg, data, split, size or 0)
-    scores = score(model, signals, device, data, tto)
+    known = SceneData(model.cfg, data) if model.cfg.task == "nvs" else None
+    scores = score(model, signals, device, known, tto)
     report(scores)
     if json_file:
         with atomic(json_file) as part:
@@ -2135,7 +2151,8 @@ def evaluate_command(ckpt, data, split, tto, size, views, device, json_file):
 def render(ckpt, source, out, size, tto, views, device):
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, CSV -> plot.
 
-    An object is a folder with transforms.json, or such a folder within a zip: set.zip/class/id.
+    An object is a folder with transforms.json of one or more posed views, or such a folder within
+    a zip, as set.zip/class/id. An OUT without a suffix becomes a folder of PNGs.
     """
     model = load(ckpt, choose_device(device).name)
     model.cfg = replace(model.cfg, views=views or model.cfg.views)
@@ -2145,8 +2162,13 @@ def render(ckpt, source, out, size, tto, views, device):
         x, y = read_csv(source)
         save_picture(Image.fromarray(curve_picture(model, x, y, size=(size, size * 2 // 3))), out)
     else:
-        first, *rest = render_scene(model, *find_scene(source), size, tto=tto)
-        save_picture(first, out, save_all=True, append_images=rest, duration=80, loop=0)
+        first, *rest = frames = render_scene(model, *find_scene(source), size, tto=tto)
+        if Path(out).suffix:
+            save_picture(first, out, save_all=True, append_images=rest, duration=80, loop=0)
+        else:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for i, frame in enumerate(frames):
+                save_picture(frame, Path(out) / f"{i:02}.png")
     click.echo(f"wrote {out}")
 
 
