@@ -78,8 +78,10 @@ def notes(cfg: Config) -> list[str]:
     lines = {
         "image": [f"static: the context has {side} x {side} pixels, each patch a learned position"],
         "nvs": [f"static: {cfg.points_per_ray} points per ray",
-                f"trained with near={cfg.near:g}, far={cfg.far:g} and views of {side} pixels; "
-                f"views of any size from {cfg.patch} pixels on are read"],
+                f"static: views have {side} x {side} pixels, each patch a learned position"
+                if cfg.view_positions else
+                f"views may have any size; trained with {side} x {side} pixels",
+                f"trained with near={cfg.near:g} and far={cfg.far:g}"],
         "gp": ["trained on x in [-2, 2]; mask 0 pads contexts to one length"],
     }[cfg.task]
     if cfg.model == "vnp":
@@ -95,8 +97,9 @@ def context_shapes(cfg: Config) -> dict[str, tuple]:
         image, mask = (("batch", n, cfg.image_size, cfg.image_size) for n in (3, 1))
         return {"image": image, "mask": mask} if cfg.masked else {"image": image}
     if cfg.task == "nvs":
-        return {"images": ("batch", "views", 3, "height", "width"),
-                "poses": ("batch", "views", 3, 4), "focals": ("batch", "views", 2)}
+        size = (cfg.image_size, cfg.image_size) if cfg.view_positions else ("height", "width")
+        return {"images": ("batch", "views", 3, *size), "poses": ("batch", "views", 3, 4),
+                "focals": ("batch", "views", 2)}
     return {"x": ("batch", "points", 1), "y": ("batch", "points", 1), "mask": ("batch", "points")}
 
 
@@ -321,14 +324,14 @@ def verify(graph: Graph, path: str):
     Prints the largest errors over batches of 1, 2 and 3. Errors: RunFailed above TOLERANCE.
     """
     onnx.checker.check_model(path, full_check=True)
-    runs, cfg, worst = engines(path), graph.model.cfg, 0.0
-    p, n = cfg.patch, EXAMPLE["queries"]
-    contexts = {"image": [{}], "gp": [{"points": k} for k in (1, EXAMPLE["points"], 60)],
-                "nvs": [{"views": 1, "height": 8 * p, "width": 8 * p},
-                        {"views": 2, "height": p, "width": 2 * p + 1},
-                        {"views": 3, "height": 4 * p, "width": 5 * p}]}[cfg.task]
-    queries = [{"queries": k} for k in (1, n, 10 * n)] if graph.query else [{}]
-    for context, query in product(contexts, queries):
+    runs, p, worst = engines(path), graph.model.cfg.patch, 0.0
+    free = {n for shape in graph.context.values() for n in shape}
+    contexts = [{k: n for k, n in sizes.items() if k in free} for sizes in (
+        {"points": 1, "views": 1, "height": 8 * p, "width": 8 * p},
+        {"points": 6, "views": 2, "height": p, "width": 2 * p + 1},
+        {"points": 60, "views": 3, "height": 4 * p, "width": 5 * p})]
+    queries = [{"queries": n} for n in (1, 5, 50)] if graph.query else [{}]
+    for context, query in product(contexts if any(contexts) else [{}], queries):
         sizes, errors = context | query, []
         for batch in (1, 2, 3):
             inputs = graph.draw(seed=batch, batch=batch, **sizes)

@@ -205,7 +205,7 @@ def test_renderer_equals_a_naive_loop():
         for r in range(5):
             want = naive_render(*(v[b, r].double().numpy() for v in (rgb, sigma, z)), 0.7)
             np.testing.assert_allclose(color[b, r].numpy(), want, atol=1e-6)
-    assert ((0 <= opacity) & (opacity <= 1)).all() and (depth <= z[..., -1]).all()
+    assert ((0 <= opacity) & (opacity <= 1 + 1e-6)).all() and (depth <= z[..., -1] + 1e-5).all()
 
 
 def test_renderer_weights_by_hand():
@@ -362,8 +362,8 @@ def test_generated_columns_share_tokens_by_group_and_have_unit_norm():
     torch.testing.assert_close(wb[0, -1], model.base["wb1"][-1])  # the bias is not generated
 
 
-def test_identity_head_starts_from_the_base_weights():
-    model = tiny("image", "transinr", identity_head=True)
+def test_identity_init_starts_from_the_base_weights():
+    model = tiny("image", "transinr", identity_init=True)
     wb = model.encode(signals("image")[0])["wb1"][:, :-1]
     base = torch.nn.functional.normalize(model.base["wb1"][:-1], dim=0)
     assert (wb - base).abs().max() < 0.2 and (wb - base).abs().max() > 0
@@ -1173,7 +1173,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
         ),
     ]:
         output = run(*args, code=2)
-        assert words in output and output.count("Error") == 1, (words, output)
+        errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and words in errors[0], (words, output)
     assert not target.exists() and not (tmp_path / "out.xyz").exists()
     assert not list(tmp_path.glob(".*")) and not list((tmp_path / "o").glob("*"))
 

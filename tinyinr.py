@@ -312,7 +312,7 @@ def volume_render(rgb, sigma, z_vals, background=1.0) -> tuple[Tensor, Tensor, T
     Returns (B, R, 3), (B, R), (B, R). The transmittance is exp of a shifted cumulative sum: equal
     to the product of (1 - alpha), with finite gradients behind an opaque point. Always fp32.
     """
-    rgb, sigma = rgb.float() if rgb.dtype != torch.float64 else rgb, sigma.to(z_vals.dtype)
+    rgb, sigma = rgb.to(z_vals.dtype), sigma.to(z_vals.dtype)
     delta = F.pad(z_vals[..., 1:] - z_vals[..., :-1], (0, 1), value=1e-3)
     tau = sigma * delta
     before = F.pad(tau, (1, 0))[..., :-1].cumsum(-1)  # optical depth in front of a point
@@ -323,6 +323,11 @@ def volume_render(rgb, sigma, z_vals, background=1.0) -> tuple[Tensor, Tensor, T
 
 
 # ------------------------------------------------------------------------- Transformer
+
+
+def full(x: Tensor) -> Tensor:
+    """x in fp32, where autocast has made it shorter."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -394,11 +399,15 @@ class PatchTokenizer(nn.Module):
     def __init__(self, channels: int, cfg: Config, tokens: int = 0):
         super().__init__()
         self.patch, self.padding = cfg.patch, cfg.padding
+        self.size = cfg.image_size if tokens else None
         self.proj = nn.Linear(channels * cfg.patch**2, cfg.dim)
         self.merge = nn.Conv2d(cfg.dim, cfg.dim, cfg.merge, cfg.merge) if cfg.merge > 1 else None
         self.pos = nn.Parameter(torch.randn(tokens, cfg.dim)) if tokens else None
 
     def forward(self, image):
+        if self.size and tuple(image.shape[-2:]) != (self.size, self.size):
+            raise ValueError(f"a picture of {image.shape[-2]} x {image.shape[-1]} pixels, but this "
+                             f"model reads {self.size} x {self.size}: resize it")
         height, width = (n + 2 * self.padding for n in image.shape[-2:])
         patches = F.unfold(image, self.patch, padding=self.padding, stride=self.patch)
         x = self.proj(patches.transpose(1, 2))  # (B, T, D)
@@ -463,10 +472,6 @@ class Tokenizer(nn.Module):
         if self.cfg.task == "nvs":
             return self.views(context["images"], context["poses"], context["focals"])
         image, mask = context["image"], context.get("mask")
-        size = self.cfg.image_size
-        if tuple(image.shape[-2:]) != (size, size):
-            raise ValueError(f"image of {tuple(image.shape[-2:])} pixels, but this model reads "
-                             f"{size} x {size}: resize it")
         if self.cfg.masked:
             mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
             image = torch.cat((image * mask, mask), 1)
@@ -569,7 +574,7 @@ def readout(cfg: Config, raw: Tensor, points: Tensor, z_vals: Tensor | None) -> 
     """The field's raw values at the query's points -> the task's prediction (B, M, C)."""
     if z_vals is not None:
         return Prediction(render_field(cfg, raw, points, z_vals)[0], None)
-    n = VALUE_DIM[cfg.task]
+    n, raw = VALUE_DIM[cfg.task], full(raw)
     if raw.shape[-1] == n:
         return Prediction(raw, None)
     return Prediction(raw[..., :n], cfg.min_std + F.softplus(raw[..., n:]))
@@ -727,7 +732,8 @@ class LatentBlock(nn.Module):
             h = h.mean(1, keepdim=True)
         else:
             h = (h * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-        mean, s = (self.prior_out if target is None else self.post_out)(h).float().chunk(2, -1)
+        h = (self.prior_out if target is None else self.post_out)(h)
+        mean, s = full(h).chunk(2, -1)
         return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
 
 
