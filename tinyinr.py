@@ -1640,14 +1640,14 @@ def train_run(run: Run, data, out: Path, steps: int, minutes: float):
 def log_step(run: Run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float):
     """One line on the screen and one in log.jsonl, of the means over `steps` steps."""
     loss, mse = (sums / steps).tolist()
-    eta = run.elapsed * (1 - progress) / max(progress, 1e-9)
+    eta = run.elapsed * max(0.0, 1 - progress) / max(progress, 1e-9)
     row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
            "signals_per_s": run.cfg.batch_size * steps / seconds, "elapsed": run.elapsed,
            "eta": eta}
     with open(out / "log.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
-    bar = "=" * int(20 * progress)
+    bar = "=" * int(20 * min(1.0, progress))
     click.echo(f"[{bar:20}] step {run.step}  loss {loss:.4f}  psnr {row['psnr']:.2f} dB  "
                f"lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
                f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
