@@ -3,22 +3,31 @@
 python -m pytest -q
 """
 
+import hashlib
 import io
 import json
 import math
+import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
-import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import export
 import tinyinr
 from tinyinr import Config, build, make_config
 
@@ -989,7 +998,9 @@ def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_l
 def test_every_cell_learns(task, name, tmp_path):
     """Fitted within seconds: far better than at the start, and the context matters."""
     torch.manual_seed(0)
-    small = dict(batch_size=4, queries=64, lr=3e-3, muon_lr=0.02, beta2=0.95, decay="linear", clip=1.0)
+    small = dict(
+        batch_size=4, queries=64, lr=3e-3, muon_lr=0.02, beta2=0.95, decay="linear", clip=1.0
+    )
     small |= dict(identity_init=True, freq_top=4.0, beta=1e-3)
     steps = {"image": 250, "nvs": 120, "gp": 400}[task]
     if task == "image":
@@ -1214,3 +1225,514 @@ def test_scenes_with_too_few_views_or_views_of_two_sizes_are_refused(tmp_path):
     picture((16, 20)).save(tmp_path / "s" / "r_1.png")
     with pytest.raises(ValueError, match="r_1.png.*must be of one size"):
         tinyinr.read_scene(tinyinr.Tree(tmp_path), "s", 16)
+
+
+# ------------------------------------------------------------------------- export
+
+SURFACE = dict(radius=1.0, density_gain=20.0, color_gain=4.0, view_positions=True)
+EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
+    "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
+    "image-vnp": (dict(task="image", model="vnp", context=(0.1, 0.5), merge=2), []),
+    "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
+    "nvs-vnp": (dict(task="nvs", model="vnp", **SURFACE), ["--opset", "18"]),
+    "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
+    "gp-transinr": (dict(task="gp", model="transinr"), []),
+    "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
+    "gp-vnp-fused": (dict(task="gp", model="vnp"), ["--fused"]),
+    "image-transinr-again": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
+    "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
+}
+SPLIT = [
+    "image-transinr",
+    "image-vnp",
+    "nvs-transinr",
+    "nvs-vnp",
+    "nvs-vnp-official",
+    "gp-transinr",
+    "gp-vnp",
+]
+
+
+def run_export(*args, code=0):
+    """export.py in this process: its output, after a check of the exit code."""
+    result = CliRunner().invoke(export.main, [str(a) for a in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def save_model(path, model):
+    torch.save({"format": 1, "config": asdict(model.cfg), "model": model.state_dict()}, path)
+
+
+def export_one(folder, name):
+    """One of EXPORTS, in a process of its own: what it printed."""
+    source, options = EXPORTS[name]
+    torch.set_num_threads(1)
+    if isinstance(source, dict):
+        save_model(folder / f"{name}.pt", tiny(**source))
+        source = folder / f"{name}.pt"
+    return name, run_export(source, "-o", folder / name, *options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with EXPORTS, and what each of them printed; two processes at a time."""
+    folder = tmp_path_factory.mktemp("onnx")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return folder, dict(pool.map(export_one, [folder] * len(EXPORTS), EXPORTS))
+
+
+def exported_model(folder, name):
+    source = EXPORTS[name][0]
+    return tinyinr.load(folder / f"{name}.pt" if isinstance(source, dict) else source)
+
+
+def session(path):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options)
+
+
+def run_onnx(path, feed) -> dict:
+    """Name -> tensor of what a file makes of the tensors it asks for."""
+    graph = session(path)
+    values = graph.run(None, {i.name: feed[i.name].numpy() for i in graph.get_inputs()})
+    return {o.name: torch.from_numpy(v) for o, v in zip(graph.get_outputs(), values)}
+
+
+def problem(cfg, batch, targets):
+    """A context and a query of sizes that the export never saw."""
+    if cfg.task == "image":
+        context = {"image": rand(batch, 3, cfg.image_size, cfg.image_size)}
+        if cfg.masked:
+            context["mask"] = (
+                rand(batch, 1, cfg.image_size, cfg.image_size, seed=1) < 0.3
+            ).float()
+        return context, {"coords": 2 * rand(batch, targets, 2, seed=2) - 1}
+    if cfg.task == "gp":
+        mask = (rand(batch, 11, seed=2) < 0.6).float()
+        context = {"x": 4 * rand(batch, 11, 1) - 2, "y": rand(batch, 11, 1, seed=1), "mask": mask}
+        return context, {"x": 4 * rand(batch, targets, 1, seed=3) - 2}
+    height, width = (16, 16) if cfg.view_positions else (3 * cfg.patch, 7 * cfg.patch + 1)
+    context = {
+        "images": rand(batch, 2, 3, height, width),
+        "poses": poses(batch, 2),
+        "focals": 20 + 10 * rand(batch, 2, 2, seed=1),
+    }
+    o, d = tinyinr.camera_rays(poses(batch, seed=1), torch.full((batch, 2), 20.0), 16, 16)
+    pick = torch.arange(targets) * 31 % 256
+    return context, {
+        "rays_o": o.flatten(1, 2)[:, pick],
+        "rays_d": d.flatten(1, 2)[:, pick],
+        "near": 2.5 + rand(batch, seed=4),
+        "far": 5 + rand(batch, seed=5),
+    }
+
+
+def noise(cfg, batch, seed=6):
+    if cfg.model != "vnp":
+        return None
+    return torch.randn(
+        cfg.blocks, batch, 1, cfg.latent, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def close(a, b, atol=1e-4):
+    assert a.shape == b.shape and a.isfinite().all()
+    assert (a - b).abs().max() <= atol * b.abs().max().clamp(min=1), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_encoder_and_decoder_agree_with_torch_on_unseen_shapes(exported, name):
+    folder, _ = exported
+    model = exported_model(folder, name)
+    context, query = problem(model.cfg, 5, 15)
+    eps = noise(model.cfg, 5)
+    truth = model.encode(context)
+    code = run_onnx(folder / f"{name}.encoder.onnx", context)
+    assert list(code) == list(truth)
+    for key in code:
+        close(code[key], truth[key])
+    values = run_onnx(folder / f"{name}.decoder.onnx", code | query | {"eps": eps})
+    prediction = model.decode(truth, query, eps=eps)
+    close(values.pop("mean"), prediction.mean)
+    assert (prediction.std is not None) == ("std" in values)
+    if values:
+        close(values["std"], prediction.std)
+    assert prediction.mean.std() > 1e-3  # or the comparison would say nothing
+
+
+def test_a_fused_graph_maps_context_and_query_to_values(exported):
+    folder, _ = exported
+    model = exported_model(folder, "gp-vnp-fused")
+    context, query = problem(model.cfg, 5, 15)
+    eps = noise(model.cfg, 5)
+    values = run_onnx(folder / "gp-vnp-fused.onnx", context | {"query_x": query["x"], "eps": eps})
+    prediction = model.decode(model.encode(context), query, eps=eps)
+    close(values["mean"], prediction.mean)
+    close(values["std"], prediction.std)
+
+
+def test_noise_draws_the_latents_and_the_depth_range_is_each_signals_own(exported):
+    folder, _ = exported
+    cfg = exported_model(folder, "nvs-vnp").cfg
+    context, query = problem(cfg, 2, 40)
+    code = run_onnx(folder / "nvs-vnp.encoder.onnx", context)
+    decoder = folder / "nvs-vnp.decoder.onnx"
+    feed = code | query | {"eps": noise(cfg, 2)}
+    mean = run_onnx(decoder, feed)["mean"]
+    assert not torch.equal(mean, run_onnx(decoder, feed | {"eps": noise(cfg, 2, seed=7)})["mean"])
+    nearer = run_onnx(decoder, feed | {"far": query["far"] - torch.tensor([2.0, 0.0])})["mean"]
+    assert not torch.allclose(nearer[0], mean[0]) and torch.equal(nearer[1], mean[1])
+
+
+def test_masked_points_do_not_count(exported):
+    folder, _ = exported
+    context, query = problem(exported_model(folder, "gp-vnp").cfg, 1, 8)
+    seen = context["mask"][0].bool()
+    part = {k: v[:, seen] for k, v in context.items()}
+    encoder, decoder = (folder / f"gp-vnp.{part}.onnx" for part in ("encoder", "decoder"))
+    eps = noise(exported_model(folder, "gp-vnp").cfg, 1)
+    padded, cut = (
+        run_onnx(decoder, run_onnx(encoder, c) | query | {"eps": eps}) for c in (context, part)
+    )
+    assert 0 < seen.sum() < len(seen)
+    close(padded["mean"], cut["mean"], 1e-5)
+    close(padded["std"], cut["std"], 1e-5)
+
+
+def test_the_code_of_a_transinr_is_a_plain_mlp(exported):
+    """The exported weights in ten lines of numpy give the decoder's picture."""
+    folder, _ = exported
+    context, query = problem(exported_model(folder, "image-transinr").cfg, 1, 9)
+    code = run_onnx(folder / "image-transinr.encoder.onnx", context)
+    mean = run_onnx(folder / "image-transinr.decoder.onnx", code | query)["mean"]
+    freqs = np.exp(np.linspace(0, np.log(1024), len(code["wb0"][0]) // 4))
+    angles = (np.pi * query["coords"][0].double().numpy()[..., None] * freqs).reshape(9, -1)
+    h = np.concatenate((np.cos(angles), np.sin(angles)), 1)
+    for i, wb in enumerate(code.values()):
+        h = (
+            np.concatenate((h if i == 0 else h.clip(0), np.ones((9, 1))), 1)
+            @ wb[0].double().numpy()
+        )
+    assert np.abs(h + 0.5 - mean[0].numpy()).max() < 1e-3  # angles up to 3,000 in fp32
+
+
+def shapes(values):
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+    }
+
+
+def test_dimensions_are_free_but_where_the_architecture_fixes_them(exported):
+    folder, printed = exported
+    graph = {
+        name: onnx.load(folder / f"{name}.onnx").graph
+        for name in (
+            "nvs-transinr.encoder",
+            "nvs-vnp.encoder",
+            "nvs-vnp.decoder",
+            "image-vnp.encoder",
+            "gp-vnp-fused",
+        )
+    }
+    assert shapes(graph["nvs-transinr.encoder"].input) == {
+        "images": ["batch", "views", 3, "height", "width"],
+        "poses": ["batch", "views", 3, 4],
+        "focals": ["batch", "views", 2],
+    }
+    images = shapes(graph["nvs-vnp.encoder"].input)["images"]  # learned positions of patches
+    assert images == ["batch", "views", 3, 16, 16]
+    assert shapes(graph["nvs-vnp.decoder"].input) == {
+        "tokens": ["batch", "tokens", 32],
+        "pool_rays_o": ["batch", "pool", 3],
+        "pool_rays_d": ["batch", "pool", 3],
+        "pool_weight": ["batch", "pool"],
+        "rays_o": ["batch", "queries", 3],
+        "rays_d": ["batch", "queries", 3],
+        "near": ["batch"],
+        "far": ["batch"],
+        "eps": [2, "batch", 1, 5],
+    }
+    assert shapes(graph["nvs-vnp.decoder"].output) == {"mean": ["batch", "queries", 3]}
+    assert shapes(graph["image-vnp.encoder"].input) == {
+        "image": ["batch", 3, 16, 16],
+        "mask": ["batch", 1, 16, 16],
+    }
+    assert "static: the context has 16 x 16 pixels" in printed["image-vnp"]
+    assert shapes(graph["gp-vnp-fused"].input) == {
+        "x": ["batch", "points", 1],
+        "y": ["batch", "points", 1],
+        "mask": ["batch", "points"],
+        "query_x": ["batch", "queries", 1],
+        "eps": [2, "batch", 1, 5],
+    }
+    assert shapes(graph["gp-vnp-fused"].output) == {
+        k: ["batch", "queries", 1] for k in ("mean", "std")
+    }
+
+
+def test_a_dimension_that_became_static_is_refused():
+    values = [onnx.helper.make_tensor_value_info("x", 1, ["s0", 7, 1])]
+    with pytest.raises(tinyinr.RunFailed, match=r"x came out as \['batch', 7, 1\]"):
+        export.name_dimensions(values, {"x": ("batch", "points", 1)})
+
+
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_files_are_single_of_the_asked_opset_and_hold_no_traces(exported, name):
+    folder, _ = exported
+    opset = 18 if "18" in EXPORTS[name][1] else 20
+    files = list(folder.glob(f"{name}.*onnx*"))
+    assert len(files) == (1 if "--fused" in EXPORTS[name][1] else 2)
+    for file in files:
+        data = file.read_bytes()
+        proto = onnx.load_from_string(data)
+        onnx.checker.check_model(proto, full_check=True)
+        assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+        for trace in (b"site-packages", b".py", b"/tmp", str(ROOT).encode(), b"stack_trace"):
+            assert trace not in data, trace
+
+
+def test_metadata_says_what_a_file_is(exported):
+    folder, _ = exported
+    meta = session(folder / "gp-vnp.decoder.onnx").get_modelmeta().custom_metadata_map
+    assert tinyinr.Config(**json.loads(meta["config"])) == exported_model(folder, "gp-vnp").cfg
+    assert (meta["part"], meta["task"], meta["model"]) == ("decoder", "gp", "vnp")
+    assert meta["opset"] == "18" and json.loads(meta["versions"])["torch"] == torch.__version__
+    digest = hashlib.sha256((folder / "gp-vnp.pt").read_bytes()).hexdigest()
+    assert meta["checkpoint_sha256"] == digest
+    assert json.loads(meta["inputs"]).keys() == {"tokens", "pool_x", "pool_weight", "x", "eps"}
+    assert json.loads(meta["outputs"]).keys() == {"mean", "std"}
+    assert "(row, column)" in meta["conventions"] and "OpenGL" in meta["conventions"]
+    official = session(folder / "nvs-vnp-official.decoder.onnx").get_modelmeta()
+    assert "pooled over the rays of a call" in official.custom_metadata_map["notes"]
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(exported):
+    folder, _ = exported
+    for part in ("encoder", "decoder"):
+        first, again = (folder / f"image-transinr{n}.{part}.onnx" for n in ("", "-again"))
+        assert first.read_bytes() == again.read_bytes()
+
+
+def test_half_precision_is_for_the_hypernetwork_alone(exported):
+    folder, printed = exported
+    name = "image-transinr-half"
+    model = exported_model(folder, name)
+    encoder, decoder = (
+        onnx.load(folder / f"{name}.{part}.onnx") for part in ("encoder", "decoder")
+    )
+    kinds = {i.name: i.data_type for i in encoder.graph.initializer}
+    half = [k for k, kind in kinds.items() if kind == onnx.TensorProto.FLOAT16]
+    assert len(half) >= 4 * model.cfg.depth  # the matrices of every block
+    assert all(kinds[k] == onnx.TensorProto.FLOAT for k in kinds if "base" in k or "pos" in k)
+    assert not any(i.data_type == onnx.TensorProto.FLOAT16 for i in decoder.graph.initializer)
+    stored = sum(len(i.raw_data) for i in encoder.graph.initializer)
+    assert stored < 0.6 * 4 * sum(p.numel() for p in model.parameters())
+    context, query = problem(model.cfg, 2, 50)
+    code = run_onnx(folder / f"{name}.encoder.onnx", context)
+    mean = run_onnx(folder / f"{name}.decoder.onnx", code | query)["mean"]
+    error = mean - model.decode(model.encode(context), query).mean
+    assert 0 < error.abs().max() and -10 * error.square().mean().log10() > 60  # dB
+    lost = re.search(
+        r"PSNR on bundled signals ([-\d.]+), in fp32 ([-\d.]+): lost ([-\d.]+)", printed[name]
+    )
+    assert abs(float(lost[3])) < 0.1 and float(lost[1]) > 3
+
+
+def test_a_file_that_is_off_is_never_written(tmp_path, monkeypatch, exported):
+    """One weight of a lowered graph is changed by 1 %: the table shows it, nothing is left."""
+    folder, _ = exported
+
+    def spoiled(graph, opset):
+        proto = onnx.load(folder / f"image-transinr.{graph.part}.onnx")
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith("transformer.0.ff2.bias"):
+                tensor.raw_data = (np.frombuffer(tensor.raw_data, "f4") * 1.01).tobytes()
+        return proto
+
+    monkeypatch.setattr(export, "lower", spoiled)
+    source = EXPORTS["image-transinr"][0]
+    output = run_export(source, "-o", tmp_path / "a", "--opset", "18", code=1)
+    assert re.search(r"Error: the encoder is off PyTorch by .*: nothing was written\n$", output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def reuse(monkeypatch, folder, name="image-transinr"):
+    """Lowering takes seconds: take a graph that was lowered before."""
+    load = lambda graph, opset: onnx.load(folder / f"{name}.{graph.part}.onnx")
+    monkeypatch.setattr(export, "lower", load)
+    return EXPORTS[name][0]
+
+
+def test_without_onnxruntime_the_reference_evaluator_verifies(tmp_path, monkeypatch, exported):
+    source = reuse(monkeypatch, exported[0])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    output = run_export(source, "-o", tmp_path / "a.onnx", "--opset", "18")
+    assert "reference" in output and "optimised" not in output
+    assert {p.name for p in tmp_path.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx"}
+
+
+def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch, exported):
+    source = reuse(monkeypatch, exported[0])
+    monkeypatch.setattr(export, "ONE_FILE", 10_000)
+    run_export(source, "-o", tmp_path / "a", "--opset", "18")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "a.encoder.onnx",
+        "a.encoder.onnx.data",
+        "a.decoder.onnx",
+    }
+    context, _ = problem(tinyinr.load(source).cfg, 2, 3)
+    one = run_onnx(exported[0] / "image-transinr.encoder.onnx", context)
+    for k, v in run_onnx(tmp_path / "a.encoder.onnx", context).items():
+        assert torch.equal(v, one[k])
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, exported):
+    source = reuse(monkeypatch, exported[0])
+
+    def full(proto, path, **_):
+        path.write_bytes(proto.SerializeToString()[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    output = run_export(source, "-o", tmp_path / "a", code=2)
+    assert output.endswith("Error: [Errno 28] No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (None, "no such checkpoint"),
+        (b"", "not a readable checkpoint"),
+        (pickle.dumps({"model": Trap()}), "pickled objects"),
+        ((PARITY / "vnp_1.pth").read_bytes()[:5000], "truncated"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, data, reason):
+    monkeypatch.chdir(tmp_path)
+    if data is not None:
+        Path("bad.pt").write_bytes(data)
+    output = run_export("bad.pt", code=2)
+    assert output.startswith("Error: bad.pt: ") and reason in output and output.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.pt"] * (data is not None)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--opset", "17"], "opset='17' is unknown; choose from 18, 20"),
+        (["-o", "absent/a"], "absent: no such folder"),
+        (["-o", "file/a"], "file: no such folder"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    output = run_export(PARITY / "vnp_1.pth", *options, code=2)
+    assert output.startswith(f"Error: {reason}") and output.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ------------------------------------------------------------------------- the README's pages
+
+WITHOUT_TORCH = """import runpy, sys
+for name in ("torch", "tinyinr", "export"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0])"""
+
+
+def run_page(tmp_path, start, *args):
+    """The first page of the README's 'Use it anywhere' whose command begins so, without torch."""
+    section = (ROOT / "README.md").read_text().split("## Use it anywhere")[1]
+    page = re.search(rf"`python {start}.*?```python\n(.*?)```", section, re.S)[1]
+    assert len(page.splitlines()) <= 25
+    (tmp_path / start).write_text(page)
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, tmp_path / start, *map(str, args)], check=True
+    )
+
+
+@pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
+def test_page_renders_a_photo_at_any_size(tmp_path, exported, name):
+    folder, _ = exported
+    model = exported_model(folder, name)
+    side = model.cfg.image_size
+    photo = Image.fromarray((rand(side, side, 4).numpy() * 255).astype(np.uint8))
+    photo.save(tmp_path / "photo.png")
+    run_page(tmp_path, "photo.py", folder / name, tmp_path / "photo.png", 40, tmp_path / "out.png")
+    truth = tinyinr.render_image(model, tmp_path / "photo.png", 40)
+    off = np.int64(truth) - np.int64(Image.open(tmp_path / "out.png"))
+    assert np.abs(off).max() <= 1 and np.std(truth) > 3
+
+
+@pytest.mark.parametrize("name", ["nvs-transinr", "nvs-vnp"])
+def test_page_renders_a_new_view(tmp_path, exported, name):
+    """The view from 180 degrees further round is that of a camera behind the object."""
+    folder, _ = exported
+    model = exported_model(folder, name)
+    scene = tmp_path / "chair"
+    scene.mkdir()
+    side = model.cfg.image_size
+    pixels = (rand(side, side, 3).numpy() * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(scene / "r_0.png")
+    pose = torch.cat((poses(), torch.tensor([[0.0, 0, 0, 1]])))
+    frame = {"file_path": "./r_0", "transform_matrix": pose.tolist()}
+    (scene / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.6, "frames": [frame]}))
+    run_page(tmp_path, "view.py", folder / name, scene, 180, tmp_path / "out.png")
+    focals = torch.full((1, 1, 2), side / 2 / np.tan(0.3))
+    context = {
+        "images": torch.from_numpy(pixels).movedim(-1, 0)[None, None] / 255,
+        "poses": pose[None, None, :3],
+        "focals": focals,
+    }
+    behind = torch.diag(torch.tensor([-1.0, -1, 1])) @ pose[:3]
+    o, d = (r.flatten(0, 1)[None] for r in tinyinr.camera_rays(behind, focals[0, 0], side, side))
+    truth = model.decode(model.encode(context), {"rays_o": o, "rays_d": d}).mean
+    truth = truth.view(side, side, 3)
+    off = truth.clamp(0, 1).numpy() * 255 - np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.abs(off).max() <= 1 and truth.std() > 0.01
+
+
+def bands(tmp_path, stem, x, y):
+    """The picture that the page draws of these points, and where it has the band's color."""
+    rows = "".join(f"{a},{b}\n" for a, b in zip(x.tolist(), y.tolist()))
+    (tmp_path / "points.csv").write_text(rows)
+    run_page(tmp_path, "bands.py", stem, tmp_path / "points.csv", tmp_path / "out.png")
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert picture.shape == (320, 480, 3)
+    return picture, (picture == (0xD6, 0xE4, 0xF5)).all(-1)
+
+
+X, Y = torch.tensor([-1.5, -0.2, 0.4, 1.9]), torch.tensor([0.3, -0.6, 0.1, 0.8])
+
+
+def test_page_draws_the_band_of_a_curve_where_it_is(tmp_path, exported):
+    """In every column the band ends 1.96 std above and below the mean."""
+    folder, _ = exported
+    _, band = bands(tmp_path, folder / "gp-transinr", X, Y)
+    model = exported_model(folder, "gp-transinr")
+    grid = torch.linspace(-1.5, 1.9, 256)[None, :, None]
+    code = model.encode({"x": X[None, :, None], "y": Y[None, :, None]})
+    mean, std = (v.flatten().numpy() for v in model.decode(code, {"x": grid}))
+    low, high = mean - 1.96 * std, mean + 1.96 * std
+    for i in range(10, 250, 20):
+        rows = np.flatnonzero(band[:, round(480 * i / 255)])
+        for row, v in zip(rows[[0, -1]], (high, low)):  # a column lies between points of the grid
+            ends = (high.max() - v[i - 1 : i + 2]) / (high.max() - low.min()) * 320
+            assert ends.min() - 2 <= row <= ends.max() + 2, i
+
+
+def test_page_draws_the_band_of_a_neural_process(tmp_path, exported):
+    picture, band = bands(tmp_path, exported[0] / "gp-vnp", X, Y)
+    assert (
+        band.any(0).mean() > 0.95 and (picture == (0x1F, 0x4E, 0x8C)).all(-1).any(0).mean() > 0.95
+    )
