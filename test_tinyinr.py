@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -1225,6 +1226,33 @@ def test_scenes_with_too_few_views_or_views_of_two_sizes_are_refused(tmp_path):
     picture((16, 20)).save(tmp_path / "s" / "r_1.png")
     with pytest.raises(ValueError, match="r_1.png.*must be of one size"):
         tinyinr.read_scene(tinyinr.Tree(tmp_path), "s", 16)
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """All of them, on few signals and for a moment, but for the one that needs CelebA and a GPU."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(ROOT / "data")
+    picture((90, 80)).save("photo.jpg")
+    Path("points.csv").write_text("x,y\n-1,0.5\n0,0.2\n1.5,-1\n")
+    lines = re.findall(
+        r"^python tinyinr.py (.*?) *(?:#.*)?$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(lines) >= 12 and {line.split()[0] for line in lines} == set(tinyinr.cli.commands)
+    with torch.enable_grad():
+        for task, model in (("image", "transinr"), ("nvs", "transinr"), ("gp", "vnp")):
+            run("train", "--task", task, "--smoke", "--out", f"runs/{task}-{model}")
+        for line in lines:
+            args = shlex.split(
+                line.replace("--minutes 15", "--minutes 0.01")
+                .replace("2048", "64")
+                .replace("--size 128", "--size 16")
+                .replace("--tto 100", "--tto 1")
+            )
+            args += {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
+            if "transinr-celeba" not in args:
+                run(*args)
+    for name in ("scores.json", "large.png", "turn.gif", "plot.png", "attention.png"):
+        assert Path(name).stat().st_size > 0
 
 
 # ------------------------------------------------------------------------- export

@@ -2083,7 +2083,7 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
         raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(device)
-    limit = 16 if smoke else 0
+    limit = 4 if smoke else 0
     train_set = DATASETS[cfg.task](cfg, data, "train", limit)
     test_set = DATASETS[cfg.task](cfg, data, "test", limit)
     run = Run(cfg, device, ckpt if resume else None)
