@@ -293,16 +293,15 @@ def test_set_convolution_equals_a_loop():
     tokenizer = tiny("gp", "vnp").tokenizer.set
     x, y = 4 * rand(1, 5, 1) - 2, rand(1, 5, 1, seed=1)
     out = tokenizer.set_conv(x, y)
-    scales = tokenizer.log_scale.exp().tolist()
+    scales = tokenizer.scales.tolist()
     for s, scale in enumerate(scales):
         for g in (0, 20, 47):
-            w = [
-                math.exp(-0.5 * ((float(a) - float(tokenizer.points[g])) / scale) ** 2)
-                for a in x[0]
-            ]
-            signal = sum(a * float(b) for a, b in zip(w, y[0])) / (sum(w) + 1e-4)
-            assert abs(float(out[0, s, g]) - signal) < 1e-5
-            assert abs(float(out[0, len(scales) + s, g]) - math.log1p(sum(w))) < 1e-5
+            offsets = [(float(a) - float(tokenizer.points[g])) / scale for a in x[0]]
+            w, values = [math.exp(-0.5 * o * o) for o in offsets], [float(b) for b in y[0]]
+            mean = lambda *factors: sum(map(math.prod, zip(w, *factors))) / (sum(w) + 1e-4)
+            want = (math.log1p(sum(w)), mean(values), mean(offsets), mean(offsets, values))
+            for channel, value in enumerate(want):
+                assert abs(float(out[0, channel * len(scales) + s, g]) - value) < 1e-5
 
 
 def test_number_of_tokens_does_not_depend_on_the_number_of_context_points():
@@ -784,6 +783,18 @@ def test_psnr_and_likelihood_by_hand():
     torch.testing.assert_close(tinyinr.log_likelihood(tinyinr.Prediction(mean, std), y), want)
 
 
+def test_nearest_filling_equals_a_loop():
+    image, mask = rand(2, 3, 5, 4), (rand(2, 1, 5, 4, seed=1) < 0.4).float()
+    out = tinyinr.nearest_filling({"image": image, "mask": mask}).unflatten(1, (5, 4))
+    places = tinyinr.pixel_grid(5, 4).unflatten(0, (5, 4))
+    for b, row, column in product(range(2), range(5), range(4)):
+        seen = mask[b, 0].nonzero().tolist()
+        distance = lambda at: float((places[at[0], at[1]] - places[row, column]).norm())
+        least = min(map(distance, seen))
+        near = [image[b, :, r, c] for r, c in seen if distance((r, c)) < least + 1e-5]
+        assert any(torch.equal(out[b, row, column], color) for color in near)
+
+
 # ------------------------------------------------------------------------- training
 
 
@@ -1110,6 +1121,28 @@ def test_a_csv_becomes_a_plot(tmp_path):
     (tmp_path / "p.csv").write_text("x,y\n-1,0.5\n0,0.2\n0,0.3\n1.5,-1\n")
     run("render", tmp_path / "c.pt", tmp_path / "p.csv", "-o", tmp_path / "o.png", "--size", 240)
     assert Image.open(tmp_path / "o.png").size == (240, 160)
+
+
+def test_a_series_is_scored_beside_a_fitted_gp(tmp_path):
+    model = tiny("gp", "vnp")
+    config = vars(model.cfg) | {"context": [1.0, 1.0]}
+    torch.save({"config": config, "model": model.state_dict()}, tmp_path / "c.pt")
+    run("eval", tmp_path / "c.pt", "--data", tinyinr.DATA / "sunspots.csv", "--json",
+        tmp_path / "s.json")
+    scores = json.loads((tmp_path / "s.json").read_text())["sunspots"]
+    assert scores["sets"] == 10 and scores["fitted_gp"] > scores["target_ll"]
+    with pytest.raises(ValueError, match="drawn, not read"):
+        tinyinr.CurveData(model.cfg, "points.csv", "train")
+
+
+def test_a_series_is_scaled_to_the_training_units():
+    x, y = tinyinr.standardise(1700 + 9 * rand(3, 8, 1), 5 + 40 * rand(3, 8, 1, seed=1))
+    torch.testing.assert_close(x.amin(1), torch.full((3, 1), -2.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x.amax(1), torch.full((3, 1), 2.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(y.mean(1), torch.zeros(3, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.std(1, correction=0), torch.full((3, 1), 0.5))
+    x, y = tinyinr.standardise(torch.ones(1, 1), torch.ones(1, 1))  # one point
+    assert x.isfinite().all() and float(y) == 0
 
 
 BAD_CSV = {

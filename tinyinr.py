@@ -78,7 +78,7 @@ class Config:
     context: tuple = (1.0, 1.0)  # images: range of the part of the pixels that is seen
     grid: int = 192  # gp: points of the grid of the set convolution
     grid_range: float = 2.4  # gp: the grid covers [-grid_range, grid_range]
-    grid_scales: int = 4  # gp: learned length scales of the set convolution
+    grid_scales: int = 4  # gp: length scales of the set convolution, doubling from the spacing
     stride: int = 4  # gp: grid points per token
     # positional encoding of coordinates
     freqs: int = 64  # frequencies per axis
@@ -188,7 +188,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
-            cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=32,
+            cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=16,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
@@ -421,30 +421,34 @@ class PatchTokenizer(nn.Module):
 class SetTokenizer(nn.Module):
     """Points {(x, y)} (B, N, 1) -> tokens (B, T, D), T independent of N ([2] Sec. 3.2).
 
-    A set convolution onto a regular grid with a density channel, at several learned scales, then
-    strided convolutions (our reading: the 1D code of [2] is not public). mask (B, N): 1 = present.
+    A set convolution onto a regular grid with a density channel, at several scales, then strided
+    convolutions (our reading: the 1D code of [2] is not public). Besides the points' density and
+    mean value every grid point gets their mean offset and the values' first moment, so that
+    nothing is lost to the spacing of the grid. mask (B, N): 1 = present.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
         grid = torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)
         self.register_buffer("points", grid, persistent=False)  # (G,)
-        spacing = 2 * cfg.grid_range / (cfg.grid - 1)
-        self.log_scale = nn.Parameter((spacing * 2.0 ** torch.arange(cfg.grid_scales)).log())
+        scales = 2 * cfg.grid_range / (cfg.grid - 1) * 2.0 ** torch.arange(cfg.grid_scales)
+        self.register_buffer("scales", scales, persistent=False)  # (S,)
         width = cfg.dim // 2
-        self.conv1 = nn.Conv1d(2 * cfg.grid_scales, width, 5, padding=2)
+        self.conv1 = nn.Conv1d(4 * cfg.grid_scales, width, 5, padding=2)
         self.conv2 = nn.Conv1d(width, cfg.dim, cfg.stride + 1, cfg.stride, padding=cfg.stride // 2)
         self.pos = nn.Parameter(torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
 
     def set_conv(self, x, y, mask=None):
-        """Kernel regression of the set on the grid, (B, 2 S, G): signal and density, S scales."""
-        distance = (x - self.points) / self.log_scale.exp()[:, None, None, None]  # (S, B, N, G)
-        weights = torch.exp(-0.5 * distance.square())
-        if mask is not None:
-            weights = weights * mask.to(weights.dtype).unsqueeze(-1)
-        density = weights.sum(-2)  # (S, B, G)
-        signal = (weights * y).sum(-2) / (density + 1e-4)
-        return torch.cat((signal, density.log1p())).transpose(0, 1)
+        """Kernel regression of the set on the grid, (B, 4 S, G) at S scales."""
+        mask = torch.ones_like(x) if mask is None else mask.to(x.dtype).unsqueeze(-1)
+        values = torch.cat((mask, mask * y), -1)  # (B, N, 2)
+        offset = (x.mT - self.points[:, None]).unsqueeze(1) / self.scales[:, None, None]
+        weights = torch.exp(-0.5 * offset.square())  # (B, S, G, N)
+        zeroth, first = (w.flatten(1, 2) @ values for w in (weights, weights * offset))
+        density = zeroth[..., :1]  # (B, S G, 1)
+        means = torch.cat((zeroth[..., 1:], first), -1) / (density + 1e-4)
+        out = torch.cat((density.log1p(), means), -1).unflatten(1, (len(self.scales), -1))
+        return out.movedim(-1, 1).flatten(1, 2)  # (B, 4 S, G)
 
     def forward(self, x, y, mask=None):
         grid = self.conv2(F.gelu(self.conv1(self.set_conv(x, y, mask))))  # (B, D, T)
@@ -680,12 +684,10 @@ class ModLinear(nn.Module):
     def forward(self, x, style):  # (B, K, in), (B, 1, style)
         m = self.modulation
         s = F.linear(style, m.weight * m.in_features**-0.5, m.bias)  # (B, 1, in)
-        w = self.weight * s * self.weight.shape[1] ** -0.5  # (B, out, in)
-        w = w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-8)
-        if self.bias is None:
-            return torch.bmm(x, w.transpose(1, 2))
-        x = torch.baddbmm(self.bias.expand(len(w), 1, -1), x, w.transpose(1, 2))
-        return F.leaky_relu(x, 0.2) * math.sqrt(2)
+        w = self.weight * self.weight.shape[1] ** -0.5  # W' = w s, without writing it for each B
+        demodulation = torch.rsqrt(F.linear(s.square(), w.square()) + 1e-8)  # (B, 1, out)
+        x = F.linear(x * s, w) * demodulation
+        return x if self.bias is None else F.leaky_relu(x + self.bias, 0.2) * math.sqrt(2)
 
 
 class Gaussian(NamedTuple):
@@ -1228,20 +1230,53 @@ def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE):
     return a.mT @ b, var.clamp(min=1e-12).sqrt()
 
 
+def read_csv(path) -> tuple[Tensor, Tensor]:
+    """Two columns x, y of a CSV file, with or without a header: (N, 1), (N, 1) in float64."""
+    lines = Path(path).read_text().splitlines()
+    rows = [row for row in csv.reader(lines) if any(c.strip() for c in row)]
+    if rows and not re.match(r"\s*[-+.\d]", rows[0][0]):
+        rows = rows[1:]
+    for i, row in enumerate(rows, 1):
+        try:
+            if len(row) < 2 or not all(math.isfinite(float(c)) for c in row[:2]):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite "
+                             "numbers x,y") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows; a row is two finite numbers x,y")
+    return tuple(torch.tensor([[float(r[i])] for r in rows], dtype=torch.float64) for i in (0, 1))
+
+
+def standardise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Points (..., N, 1) in the units of the training curves: x over [-2, 2], y with std 0.5."""
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    x = (4 * x - 2 * (low + high)) / (high - low).clamp(min=1e-12)
+    std = y.std(-2, correction=0, keepdim=True)
+    return x, (y - y.mean(-2, keepdim=True)) * 0.5 / std.clamp(min=1e-12)
+
+
 class CurveData:
-    """Curves drawn from Gaussian processes: endless for training, a fixed seeded set for tests."""
+    """Curves drawn from Gaussian processes: endless for training, a fixed seeded set for tests.
+
+    `path`: a CSV file x,y to test on instead: windows of 48 neighbouring points, each
+    standardised, of which a random half is the context.
+    """
 
     def __init__(self, cfg, path=None, split="train", limit=0):
-        self.cfg, self.limit = cfg, limit or 200
+        if path and split == "train":
+            raise ValueError(f"--data {path}: curves for training are drawn, not read; a CSV of "
+                             "x,y is for eval and render")
+        self.cfg, self.limit, self.path = cfg, limit or 200, path
         self.kernels = KERNELS if cfg.kernel == "all" else (cfg.kernel,)
 
     def __len__(self):
         return 100_000  # "an epoch": curves are drawn, not stored
 
-    def draw(self, kernel, batch, gen, targets=0):
-        """One batch, 3 to 46 context points and fewer than 50 in all, or `targets` targets."""
-        n = int(torch.randint(3, 47, (), generator=gen))
-        m = targets or int(torch.randint(3, 50 - n, (), generator=gen)) if n < 46 else 3
+    def draw(self, kernel, batch, gen, targets=0, n=0):
+        """One batch, 3 to 46 context points and fewer than 50 in all; or n, or `targets`."""
+        n = n or int(torch.randint(3, 47, (), generator=gen))
+        m = targets or (int(torch.randint(3, 50 - n, (), generator=gen)) if n < 46 else 3)
         x, y, hyper = draw_curves(kernel, batch, n + m, gen)
         return x, y, hyper, n
 
@@ -1256,11 +1291,35 @@ class CurveData:
                         ({"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]))
 
     def tests(self, device, batch=16):
-        """Seeded sets of every kernel, float64: (x, y, hyperparameters, context size, kernel)."""
+        """Seeded sets, float64: (x, y, kernel and hyperparameters or None, context size, label).
+
+        Every kernel by the protocol, then 30, 10 and 3 points of the same curves as the context.
+        """
+        if self.path:
+            yield from self.windows()
+            return
         for kernel in KERNELS:
             for i in range(self.limit):
                 gen = generator(0, i, KERNELS.index(kernel), 4)
-                yield *self.draw(kernel, batch, gen), kernel
+                x, y, hyper, n = self.draw(kernel, batch, gen)
+                yield x, y, (kernel, hyper), n, kernel
+        for n in (30, 10, 3):
+            for i in range(-(-self.limit // 4)):
+                x, y, hyper, _ = self.draw("rbf", batch, generator(0, i, 9), 19, 30)
+                x, y = (torch.cat((v[:, :n], v[:, 30:]), 1) for v in (x, y))
+                yield x, y, ("rbf", hyper), n, f"rbf {n} seen"
+
+    def windows(self, points=48, splits=10):
+        """The series of the CSV in windows, each split at random: as `tests`."""
+        x, y = read_csv(self.path)
+        if len(x) < 6:
+            raise ValueError(f"{self.path}: {len(x)} rows; eval needs 6 at least")
+        order, points = x[:, 0].argsort(stable=True), min(points, len(x))
+        x, y = (v[order][: len(x) // points * points].view(-1, points, 1) for v in (x, y))
+        x, y = standardise(x, y)
+        for i in range(splits):
+            pick = torch.randperm(points, generator=generator(0, i, 10))
+            yield x[:, pick], y[:, pick], None, points // 2, Path(self.path).stem
 
 
 DATASETS = {"image": ImageData, "nvs": SceneData, "gp": CurveData}
@@ -1683,6 +1742,15 @@ def optimise(model, code: dict, context: dict, steps: int, targets: int = 1024) 
 # ------------------------------------------------------------------------- evaluation
 
 
+def nearest_filling(context: dict) -> Tensor:
+    """Every pixel with the color of the nearest seen one, (B, H W, 3): a baseline."""
+    image, seen = context["image"].flatten(2), context["mask"].flatten(1)  # (B, 3, H W), (B, H W)
+    places = pixel_grid(*context["image"].shape[-2:], image.device)
+    far = torch.cdist(places, places)  # (H W, H W)
+    nearest = torch.stack([(far + 9 * (1 - m)).argmin(1) for m in seen])  # (B, H W)
+    return image.gather(2, nearest[:, None].expand_as(image)).mT
+
+
 @torch.no_grad()
 def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict:
     """Held-out PSNR by label, mean over pictures; for scenes with the trivial baselines beside.
@@ -1697,6 +1765,8 @@ def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict
         mean = predict(model, code, query).mean
         mean = mean.view(target.shape)  # (B, pictures, pixels, 3)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
+        if "mask" in context:
+            scores["nearest"] = psnr(nearest_filling(context)[:, None], target)
         if mean_image is not None:
             view = context["images"][:, :1].flatten(3).transpose(2, 3)
             scores["white"] = psnr(torch.ones_like(target), target)
@@ -1729,27 +1799,37 @@ def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Predict
     return model.decode(code, {"x": x}, eps, samples=samples)
 
 
-def fit_gp(x, y):
-    """RBF hyperparameters (B, 1, 1) of the highest marginal likelihood on a grid, in float64."""
+def fit_gp(x, y, noises=(NOISE,)):
+    """RBF hyperparameters and noise of the highest marginal likelihood on a grid, in float64.
+
+    x, y (B, N, 1); returns (length, scale, None) and noise, each (B, 1, 1).
+    """
     lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
-    grid = torch.cartesian_prod(lengths, scales).to(x).view(-1, 1, 1, 1, 2)  # (G, 1, 1, 1, 2)
-    k = covariance("rbf", x, x, grid[..., 0], grid[..., 1], None)
-    factor = torch.linalg.cholesky(k + NOISE**2 * torch.eye(x.shape[1], dtype=x.dtype))
+    grid = torch.cartesian_prod(lengths, scales, torch.tensor(noises).reshape(-1)).to(x)
+    length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
+    k = covariance("rbf", x, x, length, scale, None)  # (G, B, N, N)
+    factor = torch.linalg.cholesky(k + noise**2 * torch.eye(x.shape[1], dtype=x.dtype))
     white = torch.linalg.solve_triangular(factor, y.expand(len(grid), -1, -1, -1), upper=False)
     evidence = -0.5 * white.square().sum((2, 3)) - factor.diagonal(dim1=2, dim2=3).log().sum(2)
-    best = grid[evidence.argmax(0), 0, 0, 0]  # (B, 2)
-    return best[:, 0, None, None], best[:, 1, None, None], None
+    length, scale, noise = grid[evidence.argmax(0), :, None, None].unbind(1)  # (B, 1, 1)
+    return (length, scale, None), noise
+
+
+def exact_ll(kernel, x, y, xt, yt, hyper, noise=NOISE):
+    """Mean log-likelihood per target under the exact posterior of a Gaussian process."""
+    return log_likelihood(Prediction(*gp_posterior(kernel, x, y, xt, hyper, noise)), yt).mean()
 
 
 @torch.no_grad()
 def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
     """Target and context log-likelihood per kernel: of the model, and of exact GP posteriors.
 
-    `latents`: log-mean-exp over samples per point. gp: the true kernel, the ceiling; fitted_gp: an
-    RBF kernel fitted to each context. coverage: part of targets in the central 95 % interval.
+    The model's is the log-mean-exp over latent samples, per point. gp: the true kernel, the
+    ceiling; fitted_gp: an RBF kernel fitted to each context. coverage: part of the targets in the
+    central 95 % interval.
     """
     rows = {}
-    for i, (x, y, hyper, n, label) in enumerate(data.tests(device.name)):
+    for i, (x, y, true, n, label) in enumerate(data.tests(device.name)):
         xf, yf = x.float().to(device.name), y.float().to(device.name)
         context = {"x": xf[:, :n], "y": yf[:, :n]}
         prediction = sample_curves(model, context, xf, samples, generator(i, 7))
@@ -1759,10 +1839,11 @@ def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
         mean, std = mixture(prediction, len(x))
         scores = {"target_ll": ll[:, n:].mean(), "context_ll": ll[:, :n].mean(),
                   "coverage": ((yf - mean).abs() < 1.96 * std)[:, n:].float().mean()}
-        fitted = fit_gp(x[:, :n], y[:, :n])
-        for name, kernel, h in (("gp", label, hyper), ("fitted_gp", "rbf", fitted)):
-            exact = Prediction(*gp_posterior(kernel, x[:, :n], y[:, :n], x[:, n:], h))
-            scores[name] = log_likelihood(exact, y[:, n:].float()).mean()
+        seen = x[:, :n], y[:, :n]
+        if true:
+            scores["gp"] = exact_ll(true[0], *seen, x[:, n:], y[:, n:], true[1])
+        noises = (NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
+        scores["fitted_gp"] = exact_ll("rbf", *seen, x[:, n:], y[:, n:], *fit_gp(*seen, noises))
         for name, value in scores.items():
             rows.setdefault(label, {}).setdefault(name, []).append(value.cpu())
     return {label: {name: float(torch.stack(v).mean()) for name, v in row.items()}
@@ -1891,24 +1972,6 @@ def read_context(model, path) -> dict:
     except BROKEN as e:
         raise ValueError(f"{path}: not a picture that can be read ({e})") from e
     return {"image": torch.from_numpy(pixels).permute(2, 0, 1)[None].to(model.freqs) / 255}
-
-
-def read_csv(path) -> tuple[Tensor, Tensor]:
-    """Two columns x, y of a CSV file, with or without a header: (N, 1), (N, 1) in float64."""
-    lines = Path(path).read_text().splitlines()
-    rows = [row for row in csv.reader(lines) if any(c.strip() for c in row)]
-    if rows and not re.match(r"\s*[-+.\d]", rows[0][0]):
-        rows = rows[1:]
-    for i, row in enumerate(rows, 1):
-        try:
-            if len(row) < 2 or not all(math.isfinite(float(c)) for c in row[:2]):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite "
-                             "numbers x,y") from None
-    if not rows:
-        raise ValueError(f"{path}: no rows; a row is two finite numbers x,y")
-    return tuple(torch.tensor([[float(r[i])] for r in rows], dtype=torch.float64) for i in (0, 1))
 
 
 @torch.no_grad()
@@ -2165,7 +2228,7 @@ def render(ckpt, source, out, size, tto, views, device):
     if model.cfg.task == "image":
         save_picture(render_image(model, source, size, tto), out)
     elif model.cfg.task == "gp":
-        x, y = read_csv(source)
+        x, y = standardise(*read_csv(source))
         save_picture(Image.fromarray(curve_picture(model, x, y, size=(size, size * 2 // 3))), out)
     else:
         first, *rest = frames = render_scene(model, *find_scene(source), size, tto=tto)

@@ -2,16 +2,19 @@
 
     python data/prepare.py emoji       # data/emoji64.zip      images, from an npm package
     python data/prepare.py furniture   # data/furniture64.zip  posed views, from a Debian package
+    python data/prepare.py series      # data/sunspots.csv, elnino.csv  from a Python package
 
-Both zips are in the repository; this script documents how they were made. It writes the same
+The files are in the repository; this script documents how they were made. It writes the same
 bytes every time (given the same NumPy and Pillow) and the credits to data/LICENSES.md.
 """
 
+import csv
 import hashlib
 import io
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -106,6 +109,44 @@ def write_credits(title, text):
 @click.group()
 def main():
     """Rebuild the bundled data sets."""
+
+
+# ---- Series: real curves ----------------------------------------------------------------------
+
+SERIES_PACKAGE = "statsmodels==0.15.0"
+SERIES_CREDITS = {
+    "sunspots.csv": """
+Yearly numbers of sunspots, 1700-2008, of the **National Geophysical Data Center**
+(http://www.ngdc.noaa.gov/stp/solar/solarda3.html), from version 0.15.0 of the Python package
+`statsmodels`, which says: "This data is public domain." Unchanged.""",
+    "elnino.csv": """
+Monthly sea surface temperatures (degrees Celsius) of the Pacific Ocean, 0-10 degrees South and
+90-80 degrees West, 1950-2010, of the **National Oceanic and Atmospheric Administration**
+(ERSST.V3B, Nino 1+2, http://www.cpc.ncep.noaa.gov/data/indices/), from version 0.15.0 of the
+Python package `statsmodels`, which says: "This data is in the public domain." Changes: one row a
+month, dated in years; months without a value left out.""",
+}
+
+
+@main.command()
+@click.option("--package", type=click.Path(exists=True), help="The .whl (default: pip download).")
+def series(package):
+    """Make sunspots.csv and elnino.csv: rows of time in years and value."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = package or fetch(
+            [sys.executable, "-m", "pip", "download", "--no-deps", SERIES_PACKAGE], folder)
+        with zipfile.ZipFile(package) as wheel:
+            tables = {name: list(csv.reader(io.TextIOWrapper(wheel.open(
+                f"statsmodels/datasets/{name}/{name}.csv")))) for name in ("sunspots", "elnino")}
+    rows = {"sunspots.csv": ["year,sunspots"] + [",".join(r) for r in tables["sunspots"][1:]],
+            "elnino.csv": ["year,celsius"]}
+    for year, *months in tables["elnino"][1:]:
+        rows["elnino.csv"] += [f"{int(year) + (i + 0.5) / 12:.3f},{float(v):g}"
+                               for i, v in enumerate(months) if float(v) > 0]
+    for name, lines in rows.items():
+        (DATA / name).write_text("\n".join(lines) + "\n")
+        write_credits(name, SERIES_CREDITS[name])
+        click.echo(f"{DATA / name}: {len(lines) - 1} rows")
 
 
 # ---- Emoji: 64 x 64 images ------------------------------------------------------------------
