@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -838,9 +839,10 @@ def test_device_choices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cuda.*cpu or auto"):
         tinyinr.choose_device("cuda")
-    for amx, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    for gain, dtype in ((2.0, torch.bfloat16), (0.8, None)):
+        monkeypatch.setattr(tinyinr, "bf16_gain", lambda: gain)
         assert tinyinr.choose_device("cpu").dtype is dtype
+        assert tinyinr.choose_device("cpu", "gp").dtype is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     before = torch.get_float32_matmul_precision()

@@ -780,61 +780,58 @@ class VNP(nn.Module):
         """The field at the query's points: raw (B, K, C), points (B, K, .), z_vals or None."""
         if z is None:
             z, _ = self.latents(code, query, eps, samples=samples)
-        state = self.features(code["tokens"], query, samples)
+        points, z_vals = query_points(self.cfg, query)
+        f, e = self.features(code["tokens"], points, samples)
         for block, zl in zip(self.blocks, z):
-            state = state._replace(f=block(state.f, state.e, zl))
-        return self.head(state.f), state.points, state.z_vals
+            f = block(f, e, zl)
+        return self.head(f), repeat(points, samples), repeat(z_vals, samples)
 
     def elbo(self, code: dict, query: dict, target: Tensor, eps: Tensor):
         """Prediction under the posterior, and its KL divergence (B,): both terms of the ELBO."""
-        _, kl, state = self.walk(code, query, eps, target)
-        return readout(self.cfg, self.head(state.f), state.points, state.z_vals), kl
+        _, kl, f, place = self.walk(code, query, eps, target)
+        return readout(self.cfg, self.head(f), *place), kl
 
-    def features(self, tokens, query, samples: int = 1) -> "Features":
-        """Embed the query's points, let them read the tokens, and repeat all for each sample."""
-        points, z_vals = query_points(self.cfg, query)
+    def features(self, tokens, points, samples: int = 1) -> tuple[Tensor, Tensor]:
+        """What the points read from the tokens and their embedding, both (B samples, K, D)."""
         e = self.embed(positional_encoding(points, self.freqs)).expand(len(tokens), -1, -1)
         f = torch.zeros_like(e)
         for block in self.cross:
             f = block(f, e, tokens)
-        state = Features(self.enhance(f), e, points, z_vals)
-        if samples == 1:
-            return state
-        return Features(*(v if v is None else v.repeat_interleave(samples, 0) for v in state))
+        return repeat(self.enhance(f), samples), repeat(e, samples)
 
     def walk(self, code, query, eps=None, target=None, samples: int = 1):
-        """Go through the blocks and draw each latent: z, KL and the query's last features.
+        """Go through the blocks and draw each latent: z, KL, the query's last features and place.
 
-        The prior walks over the context (or the query), the posterior over the targets; both
-        walks go on with the latent that was drawn.
+        The prior is pooled over the context (or the query), the posterior over the targets. The
+        points of both go through the blocks together, with the latents that are drawn on the way.
         """
-        walks = []  # [(features, weight)]: the prior's, and the posterior's if it is another
+        places, weight, tokens = [], None, code["tokens"]  # points (B, K, .) and z_vals of each
         if self.cfg.latent_pool == "context":
             pool = {k[5:]: v for k, v in code.items() if k.startswith("pool_")}
-            weight = pool.pop("weight").unsqueeze(-1)  # (B, N, 1)
-            weight = weight if samples == 1 else weight.repeat_interleave(samples, 0)
-            walks.append((self.features(code["tokens"], pool, samples), weight))
-        if target is not None or not walks:
-            walks.append((self.features(code["tokens"], query, samples), None))
-        zs, kl = [], code["tokens"].new_zeros(len(walks[0][0].f))
+            weight = repeat(pool.pop("weight").unsqueeze(-1), samples)  # (B, N, 1)
+            places.append(query_points(self.cfg, pool))
+        if target is not None or not places:
+            places.append(query_points(self.cfg, query))
+        points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in places], 1)
+        f, e = self.features(tokens, points, samples)
+        sizes = [p.shape[1] for p, _ in places]
+        places = [tuple(repeat(v, samples) for v in place) for place in places]
+        zs, kl = [], tokens.new_zeros(len(f))
         for i, block in enumerate(self.blocks):
-            values = [readout(self.cfg, block.value(s.f), *s[2:]).mean for s, _ in walks]
-            latent = prior = block.distribution(values[0], weight=walks[0][1])
+            values = [readout(self.cfg, raw, *place).mean
+                      for raw, place in zip(block.value(f).split(sizes, 1), places)]
+            latent = prior = block.distribution(values[0], weight=weight)
             if target is not None:
                 latent = block.distribution(values[-1], target)
                 kl = kl + kl_divergence(latent, prior)
             zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
-            walks = [(s._replace(f=block(s.f, s.e, zs[-1])), weight) for s, weight in walks]
-        return torch.stack(zs), kl, walks[-1][0]
+            f = block(f, e, zs[-1])
+        return torch.stack(zs), kl, f[:, -sizes[-1]:], places[-1]
 
 
-class Features(NamedTuple):
-    """Features and embedding (B, K, D) of the query's points (B, K, .) and their z_vals."""
-
-    f: Tensor
-    e: Tensor
-    points: Tensor
-    z_vals: Tensor | None
+def repeat(x: Tensor | None, samples: int) -> Tensor | None:
+    """Every signal of a batch `samples` times, side by side."""
+    return x if x is None or samples == 1 else x.repeat_interleave(samples, 0)
 
 
 def build(cfg: Config) -> nn.Module:
@@ -1267,7 +1264,7 @@ class CurveData:
         if path and split == "train":
             raise ValueError(f"--data {path}: curves for training are drawn, not read; a CSV of "
                              "x,y is for eval and render")
-        self.cfg, self.limit, self.path = cfg, limit or 200, path
+        self.cfg, self.limit, self.path = cfg, limit or 50, path
         self.kernels = KERNELS if cfg.kernel == "all" else (cfg.kernel,)
 
     def __len__(self):
@@ -1304,7 +1301,7 @@ class CurveData:
                 x, y, hyper, n = self.draw(kernel, batch, gen)
                 yield x, y, (kernel, hyper), n, kernel
         for n in (30, 10, 3):
-            for i in range(-(-self.limit // 4)):
+            for i in range(-(-self.limit // 2)):
                 x, y, hyper, _ = self.draw("rbf", batch, generator(0, i, 9), 19, 30)
                 x, y = (torch.cat((v[:, :n], v[:, 30:]), 1) for v in (x, y))
                 yield x, y, ("rbf", hyper), n, f"rbf {n} seen"
@@ -1519,8 +1516,25 @@ class Device:
         return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
-def choose_device(name: str = "auto") -> Device:
-    """The device of that name, or the best there is, with the precision that is fastest on it."""
+@functools.cache
+def bf16_gain(n: int = 1024) -> float:
+    """How many times as fast as in fp32 this CPU multiplies matrices in bf16 (measured, 0.1 s)."""
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        return 0.0
+    seconds = []
+    for a in (torch.ones(n, n), torch.ones(n, n, dtype=torch.bfloat16)):
+        a @ a
+        start = time.perf_counter()
+        a @ a @ a @ a
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] / seconds[1]
+
+
+def choose_device(name: str = "auto", task: str = "image") -> Device:
+    """The device of that name, or the best there is, with the precision that is fastest on it.
+
+    Curves stay in fp32: their likelihood asks for means to a fraction of the noise, 0.02.
+    """
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1529,14 +1543,16 @@ def choose_device(name: str = "auto") -> Device:
         if not torch.cuda.is_available():
             raise ValueError("device='cuda', but PyTorch finds no GPU here; use cpu or auto")
         torch.set_float32_matmul_precision("high")
-        bf16 = torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_bf16_supported() and task != "gp"
         return Device(name, torch.bfloat16 if bf16 else None, True,
-                      "bf16 autocast" if bf16 else "TF32: no bf16 on this GPU")
+                      "bf16 autocast" if bf16 else "TF32")
     if name == "mps":
         return Device(name, None, False, "fp32: autocast does not pay on this device")
-    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return Device(name, torch.bfloat16 if amx else None, True, "bf16 autocast: AMX" if amx else
-                  "fp32: without AMX bf16 is slower on a CPU")
+    gain = bf16_gain() if task != "gp" else 0
+    return Device(name, torch.bfloat16 if gain > 1.5 else None, True,
+                  "fp32: a likelihood of narrow bands" if task == "gp" else
+                  f"{'bf16 autocast' if gain > 1.5 else 'fp32'}: bf16 products are {gain:.1f} x as "
+                  "fast")
 
 
 class Muon(torch.optim.Optimizer):
@@ -2145,7 +2161,7 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
     elif resume:
         raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
     out.mkdir(parents=True, exist_ok=True)
-    device = choose_device(device)
+    device = choose_device(device, cfg.task)
     limit = 4 if smoke else 0
     train_set = DATASETS[cfg.task](cfg, data, "train", limit)
     test_set = DATASETS[cfg.task](cfg, data, "test", limit)
