@@ -63,6 +63,7 @@ def tiny(task, model, **given) -> torch.nn.Module:
         "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
         "gp": dict(grid=48, freq_top=16.0),
     }[task]
+    shape["local"] = model == "vnp" and task != "nvs"
     return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
 
 
@@ -288,6 +289,31 @@ def test_patches_equal_a_strided_convolution():
     want = torch.nn.functional.conv2d(image, kernel, tokenizer.proj.bias, stride=6, padding=1)
     want = want.flatten(2).transpose(1, 2) + tokenizer.pos
     torch.testing.assert_close(tokenizer(image), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["image", "gp"])
+def test_the_tokens_around_a_target_interpolate_linearly(task):
+    places = tiny(task, "vnp").places
+    reach = places.max()
+    points = reach * (2 * rand(2, 50, places.shape[1]) - 1)
+    weights = tinyinr.around(points, places)
+    assert weights.shape == (2, 50, len(places)) and (weights >= 0).all()
+    torch.testing.assert_close(weights @ places, points, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tinyinr.around(places[None], places)[0], torch.eye(len(places)))
+    assert tinyinr.around(points + 3 * reach, places).abs().max() == 0
+    assert ((weights > 0).sum(-1) <= 2 ** places.shape[1]).all()
+
+
+def test_the_places_of_tokens_are_where_they_look():
+    model = tiny("gp", "vnp")  # the token whose input moves most is the one next to the point
+    for x in (-1.7, 0.0, 0.4):
+        seen = [model.tokenizer({"x": torch.full((1, 1, 1), x), "y": torch.full((1, 1, 1), y)})
+                for y in (0.0, 1.0)]
+        token = (seen[1] - seen[0])[0].norm(dim=1).argmax()
+        near = (model.places[:, 0] - x).abs()
+        assert near[token] <= near.min() + model.cfg.stride * 4.8 / (model.cfg.grid - 1) / 2
+    with pytest.raises(ValueError, match="local=True.*leave it out"):
+        Config(task="nvs", model="vnp", local=True)
 
 
 def test_set_convolution_equals_a_loop():
@@ -1783,8 +1809,9 @@ def test_page_draws_the_band_of_a_curve_where_it_is(tmp_path, exported):
     folder, _ = exported
     _, band = bands(tmp_path, folder / "gp-transinr", X, Y)
     model = exported_model(folder, "gp-transinr")
-    grid = torch.linspace(-1.5, 1.9, 256)[None, :, None]
-    code = model.encode({"x": X[None, :, None], "y": Y[None, :, None]})
+    grid = torch.linspace(-2, 2, 256)[None, :, None]
+    x, y = tinyinr.standardise(X[None, :, None], Y[None, :, None])
+    code = model.encode({"x": x, "y": y})
     mean, std = (v.flatten().numpy() for v in model.decode(code, {"x": grid}))
     low, high = mean - 1.96 * std, mean + 1.96 * std
     for i in range(10, 250, 20):

@@ -95,7 +95,9 @@ class Config:
     blocks: int = 4
     hidden: int = 512
     latent: int = 64
+    local: bool = False  # a target's features start from the tokens around it, not from 0
     latent_pool: str = "context"  # the prior is pooled over the "context" or over the "query"
+    pool_every: int = 8  # pixels between the observations that the prior is pooled over
     min_std: float = 0.005  # floor of the predicted standard deviation
     # scenes
     near: float = 2.0
@@ -135,6 +137,12 @@ class Config:
         check_choice("latent_pool", self.latent_pool, ("context", "query"))
         check_choice("decay", self.decay, ("step", "linear"))
         check_choice("kernel", self.kernel, (*KERNELS, "all"))
+        if self.local and self.task == "nvs":
+            raise ValueError("local=True needs tokens that lie where the targets are; a view's "
+                             "patches do not: leave it out")
+        if not 1 <= self.pool_every <= self.image_size:
+            raise ValueError(f"pool_every={self.pool_every} must be a number of pixels from 1 to "
+                             f"image_size={self.image_size}")
         self.context = tuple(float(v) for v in self.context)
         if not 0 <= self.context[0] <= self.context[-1] <= 1 or len(self.context) != 2:
             raise ValueError(f"context={self.context} must be a range within [0, 1]; try 0.05 0.5")
@@ -188,7 +196,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
-            cross_ff=256, blocks=2, hidden=128, latent=16, minutes=9.8, batch_size=16,
+            cross_ff=256, blocks=2, hidden=128, latent=16, local=True, minutes=9.8, batch_size=16,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
@@ -197,14 +205,15 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
             ff_dim=256, freqs=32, freq_top=32.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128,
-            latent=32, minutes=14.8, batch_size=16, queries=512, lr=1e-3, muon_lr=0.02, beta2=0.95,
-            warmup=50, decay="linear", clip=1.0),
+            latent=32, local=True, min_std=0.05, minutes=14.8, batch_size=16, queries=256,
+            context=(0.1, 1.0), lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear",
+            clip=1.0, flip=True),
         ("nvs", "vnp"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
             freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
             view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment="mirror recolor", beta=1e-3, minutes=14.8, batch_size=8, queries=96, lr=1e-3,
-            muon_lr=0.02, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+            augment="mirror recolor", beta=1e-3, pool_every=16, minutes=14.8, batch_size=8,
+            queries=64, lr=5e-4, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear", clip=1.0),
     },
     "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
     "transinr-imagenette": {("image", "transinr"): dict(epochs=400, random_crop=True, flip=True)},
@@ -754,12 +763,13 @@ class VNP(nn.Module):
         self.head = mlp(cfg.dim, cfg.dim, cfg.out_dim)
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("places", token_places(cfg) if cfg.local else None, persistent=False)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
         """Context -> tokens (B, T, D), and its positions where the prior is pooled over them."""
         code = {"tokens": self.transformer(self.tokenizer(context))}
         if self.cfg.latent_pool == "context":
-            query, _, weight = observations(self.cfg, context, every=self.cfg.patch)
+            query, _, weight = observations(self.cfg, context, every=self.cfg.pool_every)
             code |= {f"pool_{k}": v for k, v in query.items()} | {"pool_weight": weight}
         return code
 
@@ -794,7 +804,7 @@ class VNP(nn.Module):
     def features(self, tokens, points, samples: int = 1) -> tuple[Tensor, Tensor]:
         """What the points read from the tokens and their embedding, both (B samples, K, D)."""
         e = self.embed(positional_encoding(points, self.freqs)).expand(len(tokens), -1, -1)
-        f = torch.zeros_like(e)
+        f = torch.zeros_like(e) if self.places is None else around(points, self.places) @ tokens
         for block in self.cross:
             f = block(f, e, tokens)
         return repeat(self.enhance(f), samples), repeat(e, samples)
@@ -827,6 +837,21 @@ class VNP(nn.Module):
             zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
             f = block(f, e, zs[-1])
         return torch.stack(zs), kl, f[:, -sizes[-1]:], places[-1]
+
+
+def token_places(cfg: Config) -> Tensor:
+    """Where the tokens of a picture or a curve lie, (T, C), in the units of the coordinates."""
+    if cfg.task == "gp":
+        return torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)[:: cfg.stride, None]
+    side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
+    return pixel_grid(side, side)
+
+
+def around(points: Tensor, places: Tensor) -> Tensor:
+    """Weights (B, M, T) of the places (T, C) next to points (B, M, C): linear interpolation."""
+    spacing = places[-1] - places[-2]  # of the last axis, and so of all
+    weight = F.relu(1 - (points.unsqueeze(2) - places).abs() / spacing[-1]).prod(-1)
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
 def repeat(x: Tensor | None, samples: int) -> Tensor | None:
