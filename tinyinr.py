@@ -29,11 +29,13 @@ import os
 import posixpath
 import re
 import signal
+import statistics
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 DATA = Path(__file__).parent / "data"  # the bundled sets
 
@@ -1806,15 +1809,15 @@ def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict
         mean = predict(model, code, query).mean
         mean = mean.view(target.shape)  # (B, pictures, pixels, 3)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
-        if "mask" in context:
+        if "mask" in context and not context["mask"].all():
             scores["nearest"] = psnr(nearest_filling(context)[:, None], target)
         if mean_image is not None:
             view = context["images"][:, :1].flatten(3).transpose(2, 3)
             scores["white"] = psnr(torch.ones_like(target), target)
             scores["mean_image"] = psnr(mean_image.to(target), target)
             scores["context_view"] = psnr(view.expand_as(target), target)
-        for key in (label, "all"):
-            for name, value in scores.items():
+        for name, value in scores.items():
+            for key in (label, "all")[: 1 if name == "nearest" else 2]:
                 rows.setdefault(key, {}).setdefault(name, []).append(value.flatten())
     rows["all"] = rows.pop("all")
     out = {}
@@ -2104,6 +2107,84 @@ def fit(pixels: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     return F.interpolate(pixels, (side, side), mode=mode)[0].movedim(0, -1)
 
 
+# ------------------------------------------------------------------------- speed
+
+
+def random_batch(cfg: Config, device: str):
+    """Numbers of the shapes that one training step takes: context, query, target."""
+    gen, b, n = torch.Generator().manual_seed(0), cfg.batch_size, cfg.image_size
+    rand = lambda *shape: torch.rand(*shape, generator=gen)
+    if cfg.task == "gp":
+        context, m = {"x": 4 * rand(b, 24, 1) - 2, "y": rand(b, 24, 1)}, cfg.queries or 13
+        query = {"x": 4 * rand(b, m, 1) - 2}
+    elif cfg.task == "image":
+        m = cfg.queries or n * n
+        context, query = {"image": rand(b, 3, n, n)}, {"coords": 2 * rand(b, m, 2) - 1}
+        if cfg.masked:
+            context["mask"] = (rand(b, 1, n, n) < 0.5).float()
+    else:
+        pose, m = look_at(torch.tensor([0.0, -4.0, 0.0])), cfg.queries or 128
+        context = {"images": rand(b, cfg.views, 3, n, n), "poses": pose.expand(b, cfg.views, 3, 4),
+                   "focals": torch.full((b, cfg.views, 2), 2.0 * n)}
+        rays = camera_rays(pose[None], torch.full((1, 2), 2.0 * n), n, n)
+        rays_o, rays_d = (v.view(1, -1, 3)[:, :m].expand(b, -1, 3) for v in rays)
+        query = {"rays_o": rays_o, "rays_d": rays_d}
+    target = rand(b, m, VALUE_DIM[cfg.task] if cfg.task != "nvs" else 3)
+    return tuple(to_device(v, device) for v in (context, query, target))
+
+
+def median_seconds(work, device: str, budget: float = 2.0) -> float:
+    """Median time of work(): two calls to warm up, then as many as `budget` seconds allow."""
+    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
+    for _ in range(2):
+        work()
+    while len(seconds) < 5 or sum(seconds) < budget:
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_flops(dtype, device: str, n: int = 2048) -> float:
+    """FLOP/s of a product of two n x n matrices."""
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device)
+
+
+def peak_memory(device: str) -> float:
+    """Most memory that this process has held, in MiB: the GPU's, or the system's (Unix), or 0."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def bench_cell(cfg: Config, name: str) -> dict:
+    """Time of a training step and its share of the machine's peak, memory, encode and decode."""
+    device = choose_device(name, cfg.task)
+    run, batch = Run(cfg, device), random_batch(cfg, device.name)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run.update(batch, 0.5)  # the counter does not know every fused kernel of attention
+    step = median_seconds(lambda: run.update(batch, 0.5), device.name)
+    memory = peak_memory(device.name)
+    model, (context, query, _) = run.model.eval(), batch
+    with torch.no_grad():
+        code = model.encode(context)
+        encode = median_seconds(lambda: model.encode(context), device.name)
+        decode = median_seconds(lambda: model.decode(code, query), device.name)
+    flops, peak = counter.get_total_flops(), peak_flops(device.dtype, device.name)
+    return {"cell": f"{cfg.task}-{cfg.model}", "precision": device.why, "step_ms": 1000 * step,
+            "signals_per_s": cfg.batch_size / step, "gflop": flops / 1e9,
+            "share": flops / step / peak, "memory_mb": memory,
+            "encode_ms": 1000 * encode / cfg.batch_size,
+            "decode_per_s": cfg.batch_size * len(batch[2][0]) / decode}
+
+
 # ------------------------------------------------------------------------- command line
 
 
@@ -2183,7 +2264,7 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
         old = Config(**ckpt["config"])
         if replace(cfg, steps=0, minutes=0.0) != replace(old, steps=0, minutes=0.0):
             raise ValueError(f"{out} holds a run of another configuration; choose another --out")
-    elif resume:
+    if resume and "optimizers" not in (ckpt or {}):
         raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(device, cfg.task)
@@ -2227,6 +2308,13 @@ def score(model, data, device, known=None, tto=0) -> dict:
     return evaluate(model, data, device, tto, mean)  # mean: (H W, 3)
 
 
+def write_json(path, value):
+    """Write a value to a file beside its place, then rename it; nothing without a path."""
+    if path:
+        with atomic(path) as part:
+            part.write_text(json.dumps(value, indent=1) + "\n")
+
+
 @cli.command(name="eval")
 @click.argument("ckpt", type=click.Path())
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
@@ -2245,9 +2333,7 @@ def evaluate_command(ckpt, data, split, tto, size, views, device, json_file):
     known = SceneData(model.cfg, data) if model.cfg.task == "nvs" else None
     scores = score(model, signals, device, known, tto)
     report(scores)
-    if json_file:
-        with atomic(json_file) as part:
-            part.write_text(json.dumps(scores, indent=1) + "\n")
+    write_json(json_file, scores)
 
 
 @cli.command()
@@ -2280,6 +2366,31 @@ def render(ckpt, source, out, size, tto, views, device):
             for i, frame in enumerate(frames):
                 save_picture(frame, Path(out) / f"{i:02}.png")
     click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.option("--preset", default="small", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+@click.option("--batch-size", type=click.IntRange(1), help="[default: the preset's]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--json", "json_file", type=click.Path(), help="Write the figures here too.")
+def bench(preset, batch_size, device, json_file):
+    """Time training, encoding and decoding of a preset's cells on this machine."""
+    check_choice("preset", preset, PRESETS)
+    device = choose_device(device).name
+    peaks = {str(dtype)[6:]: peak_flops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    click.echo(f"{device}, {torch.get_num_threads()} threads; matrix products of 2,048: "
+               + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peaks.items()))
+    click.echo("          cell  step ms  signals/s  GFLOP  of peak  memory MB  encode ms  decode k/s")
+    given = {"batch_size": batch_size} if batch_size else {}
+    configs = [make_config(preset, *cell, **given) for cell in PRESETS[preset]]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+        rows = []
+        for row in fresh.map(bench_cell, configs, itertools.repeat(device)):
+            click.echo("{cell:>14} {step_ms:8.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:8.0%} "
+                       "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
+                           row["decode_per_s"] / 1000, **row))
+            rows.append(row)
+    write_json(json_file, {"peaks": peaks, "cells": rows})
 
 
 @cli.command()

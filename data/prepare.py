@@ -1,8 +1,9 @@
-"""Rebuild the bundled data sets from the public packages they are made of.
+"""Rebuild the bundled data sets from the public packages they are made of, and store models.
 
     python data/prepare.py emoji       # data/emoji64.zip      images, from an npm package
     python data/prepare.py furniture   # data/furniture64.zip  posed views, from a Debian package
     python data/prepare.py series      # data/sunspots.csv, elnino.csv  from a Python package
+    python data/prepare.py pretrained runs/image-transinr   # data/pretrained/image-transinr.pt, .json
 
 The files are in the repository; this script documents how they were made. It writes the same
 bytes every time (given the same NumPy and Pillow) and the credits to data/LICENSES.md.
@@ -452,6 +453,36 @@ def furniture(package):
                    f"{len(set(groups.values()))} groups of near-duplicates")
     write_zip(DATA / "furniture64.zip", files)
     write_credits("furniture64.zip", furniture_credits(used))
+
+
+# ---- Pretrained models: a trained run in half precision, and what it scores ------------------
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def pretrained(run):
+    """Store a run's weights in half precision; score the stored file on the bundled test set."""
+    sys.path.insert(0, str(DATA.parent))
+    import tinyinr
+    import torch
+
+    ckpt = tinyinr.read_checkpoint(run / "ckpt.pt")
+    cfg, device = tinyinr.Config(**ckpt["config"]), tinyinr.choose_device("cpu")
+    path = DATA / "pretrained" / f"{cfg.task}-{cfg.model}.pt"
+    path.parent.mkdir(exist_ok=True)
+    half = {name: value.half() for name, value in ckpt["model"].items()}
+    with tinyinr.atomic(path) as part:
+        torch.save({k: ckpt[k] for k in ("format", "config", "step", "elapsed")}
+                   | {"model": half}, part)
+    known, test = (tinyinr.DATASETS[cfg.task](cfg, None, split) for split in ("train", "test"))
+    record = {
+        "command": f"python tinyinr.py train --task {cfg.task} --model {cfg.model}",
+        "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": cfg.seed,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", ""), "cores": torch.get_num_threads(),
+        "scores": tinyinr.score(tinyinr.load(path), test, device, known)}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    tinyinr.report(record["scores"])
 
 
 if __name__ == "__main__":
