@@ -199,11 +199,12 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
-            cross_ff=256, blocks=2, hidden=128, latent=16, local=True, minutes=9.8, batch_size=16,
-            lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
+            cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True, minutes=9.8,
+            batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100,
+            decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
-            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16,
+            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16, queries=24,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
@@ -228,8 +229,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         beta=1e-3, latent_pool="query", epochs=1000, batch_size=32, queries=128, train_views=25)},
     "vnp-gp": {("gp", "vnp"): dict(
         dim=128, depth=6, heads=4, head_dim=32, ff_dim=512, freqs=32, freq_top=64.0,
-        cross_ff=256, hidden=128, latent=32, local=True, minutes=85.0, batch_size=16, lr=1e-3,
-        muon_lr=0.01, beta2=0.95, warmup=200, decay="linear", clip=1.0)},
+        cross_ff=256, hidden=128, latent=32, local=True, minutes=85.0, batch_size=16,
+        queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200, decay="linear", clip=1.0)},
 }
 
 
