@@ -1309,22 +1309,23 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     picture((90, 80)).save("photo.jpg")
     Path("points.csv").write_text("x,y\n-1,0.5\n0,0.2\n1.5,-1\n")
     lines = re.findall(
-        r"^python tinyinr.py (.*?) *(?:#.*)?$", (ROOT / "README.md").read_text(), re.M
+        r"^python (tinyinr|export).py (.*?) *(?:#.*)?$", (ROOT / "README.md").read_text(), re.M
     )
-    assert len(lines) >= 12 and {line.split()[0] for line in lines} == set(tinyinr.cli.commands)
+    assert len(lines) >= 16 and {args.split()[0] for program, args in lines
+                                 if program == "tinyinr"} == set(tinyinr.cli.commands)
+    quick = {"--minutes 15": "--minutes 0.01", "2048": "64", "--size 128": "--size 16",
+             "--tto 100": "--tto 1"}
     with torch.enable_grad():
-        for task, model in (("image", "transinr"), ("nvs", "transinr"), ("gp", "vnp")):
-            run("train", "--task", task, "--smoke", "--out", f"runs/{task}-{model}")
-        for line in lines:
-            args = shlex.split(
-                line.replace("--minutes 15", "--minutes 0.01")
-                .replace("2048", "64")
-                .replace("--size 128", "--size 16")
-                .replace("--tto 100", "--tto 1")
-            )
-            args += {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
-            if "transinr-celeba" not in args:
-                run(*args)
+        for program, line in lines:
+            for long, short in quick.items():
+                line = line.replace(long, short)
+            args = shlex.split(line)
+            if program == "export":
+                Path("ckpt.pt").write_bytes((ROOT / "data/pretrained/image-transinr.pt").read_bytes())
+                run_export(*args)
+            elif "transinr-celeba" not in args:
+                extra = {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
+                run(*args, *extra)
     for name in ("scores.json", "large.png", "turn.gif", "plot.png", "attention.png"):
         assert Path(name).stat().st_size > 0
 

@@ -209,7 +209,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
             ff_dim=256, freqs=32, freq_top=32.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128,
-            latent=32, local=True, min_std=0.05, minutes=14.8, batch_size=16, queries=256,
+            latent=32, local=True, min_std=0.05, minutes=9.8, batch_size=16, queries=256,
             context=(0.1, 1.0), lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear",
             clip=1.0, flip=True),
         ("nvs", "vnp"): dict(
