@@ -1392,8 +1392,12 @@ def objective(model, batch, eps=None, beta: float = 1.0) -> tuple[Tensor, Tensor
     return loss, mse
 
 
-def predict(model, code: dict, query: dict, z=None, chunk: int = 1 << 17, decode=None):
-    """model.decode of any number of queries, in chunks of about `chunk` points, one z for all."""
+def predict(model, code: dict, query: dict, z=None, chunk: int = 0, decode=None):
+    """model.decode of any number of queries, in chunks of about `chunk` points, one z for all.
+
+    chunk 0: what fits a CPU's cache, or what fills a GPU.
+    """
+    chunk = chunk or 1 << (14 if model.freqs.device.type == "cpu" else 18)
     if model.cfg.model == "vnp" and z is None:
         z = model.latents(code, thin(query, 1024))[0]
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
@@ -1983,6 +1987,7 @@ def samples_sheet(model, data, device: Device, count: int = 12) -> Image.Image:
     return sheet([[enlarge(to_uint8(p)) for p in row] for row in zip(*columns[:count])])
 
 
+@torch.no_grad()
 def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320)) -> np.ndarray:
     """Plot of a context (N, 1): mean, 95 % band and latent samples on [-2, 2]."""
     width, height = size
