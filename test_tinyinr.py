@@ -1296,7 +1296,7 @@ def quick_bench(monkeypatch):
     row = dict.fromkeys(("step_ms", "signals_per_s", "gflop", "share", "memory_mb", "encode_ms",
                          "decode_per_s"), 0.5)
     monkeypatch.setattr(tinyinr, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: 1e-3)
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda *_: 1e-3)
     monkeypatch.setattr(
         tinyinr, "bench_cell", lambda cfg, _: row | {"cell": f"{cfg.model} {cfg.batch_size}"})
 
@@ -1321,7 +1321,8 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
                 line = line.replace(long, short)
             args = shlex.split(line)
             if program == "export":
-                Path("ckpt.pt").write_bytes((ROOT / "data/pretrained/image-transinr.pt").read_bytes())
+                trained = ROOT / "data" / "pretrained" / "image-transinr.pt"
+                Path("ckpt.pt").write_bytes(trained.read_bytes())
                 run_export(*args)
             elif "transinr-celeba" not in args:
                 extra = {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
@@ -1336,7 +1337,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task, name", CELLS)
 def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypatch):
     """Twice the signals are twice the FLOPs, and the share is FLOPs by time by peak."""
-    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: (work(), 0.5)[1])
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, *_: (work(), 0.5)[1])
     cfg = replace(tiny(task, name).cfg, batch_size=2, queries=5)
     with torch.enable_grad():
         one, two = (tinyinr.bench_cell(replace(cfg, batch_size=b), "cpu") for b in (1, 2))
@@ -1349,7 +1350,7 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
 
 def test_the_products_of_a_linear_layer_are_counted_as_by_hand(monkeypatch):
     """Three products a layer and step: forward, by the weights and by the inputs."""
-    monkeypatch.setattr(tinyinr, "median_seconds", lambda work, device: 1.0)
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda *_: 1.0)
     small, wide = (replace(tiny("image", "transinr").cfg, batch_size=2, queries=64, ff_dim=n)
                    for n in (48, 80))
     with torch.enable_grad():

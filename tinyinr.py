@@ -161,12 +161,17 @@ class Config:
         return self.task == "image" and self.context != (1.0, 1.0)
 
     @property
+    def side(self) -> int:
+        """How many tokens there are along a side of a picture or view."""
+        return (self.image_size + 2 * self.padding) // self.patch // self.merge
+
+    @property
     def tokens(self) -> int:
         """How many tokens the Transformer reads: of the context, and the INR's weights."""
         if self.task == "gp":
             context = -(-self.grid // self.stride)
         else:
-            context = ((self.image_size + 2 * self.padding) // self.patch // self.merge) ** 2
+            context = self.side**2
             context *= self.views if self.task == "nvs" else 1
         layers = [self.inr_width] * (self.inr_depth - 1) + [self.out_dim]
         return context + sum(min(self.groups, n) for n in layers) * (self.model == "transinr")
@@ -477,11 +482,10 @@ class Tokenizer(nn.Module):
         if cfg.task == "gp":
             self.set = SetTokenizer(cfg)
             return
-        side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
         if cfg.task == "nvs":
-            self.patches = PatchTokenizer(9, cfg, side**2 if cfg.view_positions else 0)
+            self.patches = PatchTokenizer(9, cfg, cfg.side**2 if cfg.view_positions else 0)
         else:
-            self.patches = PatchTokenizer(4 if cfg.masked else 3, cfg, side**2)
+            self.patches = PatchTokenizer(4 if cfg.masked else 3, cfg, cfg.side**2)
 
     def forward(self, context: dict) -> Tensor:
         if self.cfg.task == "gp":
@@ -847,8 +851,7 @@ def token_places(cfg: Config) -> Tensor:
     """Where the tokens of a picture or a curve lie, (T, C), in the units of the coordinates."""
     if cfg.task == "gp":
         return torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)[:: cfg.stride, None]
-    side = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge
-    return pixel_grid(side, side)
+    return pixel_grid(cfg.side, cfg.side)
 
 
 def around(points: Tensor, places: Tensor) -> Tensor:
@@ -1549,18 +1552,33 @@ class Device:
         return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
+def median_seconds(work, device: str, budget: float = 2.0) -> float:
+    """Median time of work(): two calls to warm up, then as many as `budget` seconds allow."""
+    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
+    for _ in range(2):
+        work()
+    while len(seconds) < 5 or sum(seconds) < budget:
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_flops(dtype, device: str, n: int = 2048, budget: float = 2.0) -> float:
+    """FLOP/s of a product of two n x n matrices."""
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device, budget)
+
+
 @functools.cache
-def bf16_gain(n: int = 1024) -> float:
+def bf16_gain() -> float:
     """How many times as fast as in fp32 this CPU multiplies matrices in bf16 (measured, 0.1 s)."""
     if not torch.cpu.get_capabilities().get("avx512_bf16"):
         return 0.0
-    seconds = []
-    for a in (torch.ones(n, n), torch.ones(n, n, dtype=torch.bfloat16)):
-        a @ a
-        start = time.perf_counter()
-        a @ a @ a @ a
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] / seconds[1]
+    fp32, bf16 = (peak_flops(t, "cpu", 1024, 0.0) for t in (torch.float32, torch.bfloat16))
+    return bf16 / fp32
 
 
 def choose_device(name: str = "auto", task: str = "image") -> Device:
@@ -2137,26 +2155,6 @@ def random_batch(cfg: Config, device: str):
         query = {"rays_o": rays_o, "rays_d": rays_d}
     target = rand(b, m, VALUE_DIM[cfg.task] if cfg.task != "nvs" else 3)
     return tuple(to_device(v, device) for v in (context, query, target))
-
-
-def median_seconds(work, device: str, budget: float = 2.0) -> float:
-    """Median time of work(): two calls to warm up, then as many as `budget` seconds allow."""
-    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
-    for _ in range(2):
-        work()
-    while len(seconds) < 5 or sum(seconds) < budget:
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def peak_flops(dtype, device: str, n: int = 2048) -> float:
-    """FLOP/s of a product of two n x n matrices."""
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    return 2 * n**3 / median_seconds(lambda: a @ a, device)
 
 
 def peak_memory(device: str) -> float:

@@ -482,7 +482,7 @@ def pretrained(run):
         "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": cfg.seed,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""), "cores": torch.get_num_threads(),
         "scores": tinyinr.score(tinyinr.load(path), test, device, known)}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    tinyinr.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     tinyinr.report(record["scores"])
 
