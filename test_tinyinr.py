@@ -1,6 +1,8 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
-python -m pytest -q
+python -m pytest -q                              # all, in minutes
+python test_tinyinr.py --thorough -k thoroughly  # kill loop, fuzzing and long runs: an hour
+python test_tinyinr.py --device cuda             # what depends on the device, on a GPU too
 """
 
 import hashlib
@@ -10,11 +12,13 @@ import math
 import os
 import pickle
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import product
@@ -27,6 +31,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import export
@@ -99,6 +105,25 @@ def run(*args, code=0):
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result.output
+
+
+def pytest_addoption(parser):
+    """Options of `python test_tinyinr.py`."""
+    parser.addoption("--thorough", action="store_true", help="the tests called so, at full length")
+    parser.addoption("--device", default="cpu", help="cpu or cuda")
+
+
+@pytest.fixture
+def device(request):
+    """Where the tests that depend on the device run."""
+    return request.config.getoption("--device", "cpu")
+
+
+@pytest.fixture
+def length(request):
+    """length(short, long): how far a test goes, in the suite and with --thorough."""
+    thorough = request.config.getoption("--thorough", False)
+    return lambda short, long: long if thorough else short
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +358,40 @@ def test_set_convolution_equals_a_loop():
                 assert abs(float(out[0, channel * len(scales) + s, g]) - value) < 1e-5
 
 
+def test_convolutions_on_the_grid_are_those_of_a_loop():
+    tokenizer = tiny("gp", "vnp", convs=2).tokenizer.set
+    x, y = 4 * rand(1, 5, 1) - 2, rand(1, 5, 1, seed=1)
+    grid = tokenizer.conv1(tokenizer.set_conv(x, y))
+    for i, conv in enumerate(tokenizer.convs):
+        h, new = torch.nn.functional.gelu(grid), grid.clone()
+        for g in range(48):
+            new[0, :, g] += conv.bias
+            for k in range(5):
+                if 0 <= (at := g + (k - 2) * 2**i) < 48:
+                    new[0, :, g] += conv.weight[:, :, k] @ h[0, :, at]
+        grid = new
+    want = tokenizer.conv2(torch.nn.functional.gelu(grid)).mT + tokenizer.pos
+    torch.testing.assert_close(tokenizer(x, y), want, atol=1e-5, rtol=0)
+
+
+def test_attention_by_distance_alone_is_the_same_everywhere():
+    """With no content in the logits a token's weights depend on how far the others are only."""
+    block = tiny("gp", "vnp", relative=True).transformer[0]
+    block.qkv.weight[:64] = 0  # no queries and keys
+    torch.nn.init.normal_(block.near)
+    x = rand(1, 12, 32)
+    v = block.qkv(block.norm1(x)).chunk(3, -1)[2]
+    heads = []
+    for h in range(2):
+        weights = torch.zeros(12, 12)
+        for i, j in product(range(12), range(12)):
+            weights[i, j] = block.near[h, i - j + 11].exp()
+        heads.append(weights / weights.sum(1, keepdim=True) @ v[0, :, 16 * h : 16 * h + 16])
+    want = x + block.out(torch.cat(heads, -1))
+    want = want + block.ff2(torch.nn.functional.gelu(block.ff1(block.norm2(want))))
+    torch.testing.assert_close(block(x), want, atol=1e-5, rtol=0)
+
+
 def test_number_of_tokens_does_not_depend_on_the_number_of_context_points():
     tokenizer = tiny("gp", "vnp").tokenizer
     shapes = {tuple(tokenizer({"x": rand(2, n, 1), "y": rand(2, n, 1)}).shape) for n in (0, 1, 40)}
@@ -523,6 +582,36 @@ def test_a_chunked_picture_equals_an_unchunked_one_exactly(name):
     assert all(torch.equal(c, whole) for c in cut)
 
 
+def test_gradients_in_float64():
+    """Modulated linear layer, weight head and set convolution, against finite differences."""
+    check = lambda f, *x: torch.autograd.gradcheck(f, [v.double().requires_grad_() for v in x])
+    with torch.enable_grad():
+        linear = tinyinr.ModLinear(4, 3, 2, active=True).double()
+        assert check(linear, rand(2, 5, 4) - 0.5, rand(2, 1, 2, seed=1))
+        model = tiny("gp", "transinr", dim=8, heads=1, groups=4, freqs=3).double()
+        assert check(lambda t: model.write("wb0", t), rand(2, model.n_tokens[0], 8) - 0.5)
+        convolution = model.tokenizer.set
+        x, y = 4 * rand(2, 3, 1) - 2, rand(2, 3, 1, seed=1)
+        assert check(lambda x, y: convolution(x, y).square().mean(2), x, y)
+
+
+@pytest.mark.parametrize("name", tinyinr.MODELS)
+def test_rays_that_miss_a_bounded_scene_are_decoded_once(name, monkeypatch):
+    """The picture is that of all rays, to 1e-6, though most of them are never decoded."""
+    model = tiny("nvs", name, radius=0.3, density_gain=20.0)
+    context, _ = signals("nvs", 1)
+    o, d = (r.flatten(1, 2) for r in tinyinr.camera_rays(poses(1, seed=1), rand(1, 2) + 30, 16, 16))
+    query, code = {"rays_o": o, "rays_d": d}, model.encode(context)
+    z = model.latents(code, query)[0] if name == "vnp" else None
+    want, rays = model.decode(code, query, z=z).mean, []
+    decode = lambda code, part, z: (rays.append(part["rays_o"].shape[1]), model.decode(
+        code, part, z=z))[1]
+    got = tinyinr.predict(model, code, query, z, decode=decode).mean
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    empty = int((want == 1).all(-1).sum())
+    assert sum(rays) <= 256 - empty + 40 and 100 < empty < 250
+
+
 @pytest.mark.parametrize("task, name", CELLS)
 def test_float64_agrees_with_float32(task, name):
     model, (context, query) = tiny(task, name), signals(task)
@@ -711,6 +800,22 @@ def test_a_training_batch_holds_the_pixels_at_its_coordinates(tmp_path):
     torch.testing.assert_close(sampled[:, :, 0].transpose(1, 2), target)
 
 
+def test_free_memory_on_systems_that_do_not_tell(monkeypatch):
+    """Linux says what is free, macOS only how much there is, Windows nothing."""
+    assert 2**20 < tinyinr.free_memory() < 2**50
+    known = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+
+    def sysconf(name):
+        if name not in known:
+            raise ValueError("unrecognized configuration name")
+        return known[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert tinyinr.free_memory() == 4_096_000
+    monkeypatch.delattr(os, "sysconf")
+    assert tinyinr.free_memory() == math.inf
+
+
 def test_workers_give_the_same_batches_as_memory(tmp_path, monkeypatch):
     data = tinyinr.ImageData(image_config(), photos(tmp_path, 7), "train")
     want = [next(data.batches("cpu", start))[2] for start in (0, 1)]
@@ -752,7 +857,7 @@ def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
     images, cameras = rand(6, 2, 3, 8, 8), poses(6, 2)
     focals = torch.full((6, 2, 2), 9.0)
     moved_images, moved = tinyinr.augment_scenes(
-        images, cameras, "turn mirror recolor", torch.Generator().manual_seed(1)
+        images, cameras, "turn mirror recolor", [tinyinr.generator(i) for i in range(6)]
     )
     r = moved[..., :3]
     torch.testing.assert_close(r @ r.mT, torch.eye(3).expand(6, 2, 3, 3), atol=1e-5, rtol=0)
@@ -794,6 +899,127 @@ def test_gp_posterior_equals_conditioning_by_numpy():
     np.testing.assert_allclose(mean[0].numpy(), k[6:, :6] @ inverse @ y[0, :6].numpy(), atol=1e-8)
     cov = k[6:, 6:] - k[6:, :6] @ inverse @ k[:6, 6:]
     np.testing.assert_allclose(std[0, :, 0].numpy() ** 2, np.diag(cov), atol=1e-8)
+
+
+# ------------------------------------------------------------------------- processes
+
+
+def train_args(task, name, folder, *extra):
+    """The command that trains a tiny model of a cell on data of its own."""
+    given = SIZES | dict(batch_size=4, queries=16, decay="linear", hold=1.0, save_every=0)
+    given |= dict(grid=48) if task == "gp" else dict(image_size=16, patch=4, padding=0)
+    data = ()
+    if task == "image":
+        given |= dict(flip=True)
+        data = ("--context", 0.2, 0.9, "--data", photos(folder / "photos", 12))
+    elif task == "nvs":
+        given |= dict(points_per_ray=8, augment="turn mirror recolor", near=2.0)
+        for i in range(6):
+            write_scene(folder / "balls" / str(i))
+        split = {"train": list("0123"), "test": list("45")}
+        (folder / "ball_splits.json").write_text(json.dumps(split))
+        data = ("--data", folder)
+    fields = [v for k, value in given.items() for v in ("--set", f"{k}={value}")]
+    return ("train", "--task", task, "--model", name, "--device", "cpu", *data, *fields, *extra)
+
+
+def start(*args, processes=0, **options):
+    """The command line in a process of its own, or in several by torchrun."""
+    by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *by * bool(processes), str(ROOT / "tinyinr.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    assert path.exists(), process.stdout.read()
+
+
+def finish(process, code=0, seconds=120):
+    """The output of a process that must end by itself."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.mark.parametrize("task, name", [("image", "vnp"), ("nvs", "transinr"), ("gp", "vnp")])
+def test_two_processes_learn_what_one_does(task, name, tmp_path):
+    """20 steps of the whole batch in one process, and by halves in two, some of it resumed."""
+    args = train_args(task, name, tmp_path, "--precision", "fp32")
+    one, two = tmp_path / "one", tmp_path / "two"
+    with torch.enable_grad():
+        alone = run(*args, "--steps", 20, "--out", one)
+    if task == "image":
+        finish(start(*args, "--steps", 12, "--out", two, processes=2))
+        with torch.enable_grad():
+            together = run(*args, "--steps", 20, "--accumulate", 2, "--out", two, "--resume")
+    else:
+        pieces = ("--accumulate", 2) if task == "nvs" else ()
+        together = finish(start(*args, "--steps", 20, *pieces, "--out", two, processes=2))
+    a, b = (torch.load(p / "ckpt.pt", weights_only=True) for p in (one, two))
+    assert a["step"] == b["step"] == 20
+    for key, value in a["model"].items():
+        keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
+        torch.testing.assert_close(b["model"][key][keep], value[keep], atol=1e-5, rtol=1e-5)
+    scores = [[float(v) for v in re.findall(r"-?\d+\.\d\d\b", text.split("held-out:")[1])]
+              for text in (alone, together)]
+    assert scores[0] and scores[0] == pytest.approx(scores[1], abs=0.011)
+    steps = [json.loads(line)["step"] for line in (two / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and together.count("held-out:") == 1  # one writer
+
+
+def test_a_killed_worker_ends_the_run(tmp_path):
+    process = start(*train_args("gp", "vnp", tmp_path, "--steps", 10**6, "--out", tmp_path / "run"),
+                    processes=2)
+    wait_for(tmp_path / "run" / "ckpt.pt", process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    before = time.monotonic()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    finish(process, 1, 30)
+    assert time.monotonic() - before < 30
+    tinyinr.load(tmp_path / "run" / "ckpt.pt")
+
+
+def test_processes_share_a_batch_without_overlap(monkeypatch):
+    """Each draws its own signals of the step's batch, and they are those that one process draws."""
+    data = tinyinr.CurveData(Config(task="gp", batch_size=6, queries=5, **SIZES))
+    whole = next(data.batches("cpu", 3))[2]
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(tinyinr, "world", lambda: (rank, 3))
+        parts.append(next(data.batches("cpu", 3))[2])
+        assert [i for i, _ in tinyinr.dealt("abcdefgh")] == list(range(rank, 8, 3))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_evaluation_by_parts_equals_the_whole_exactly(tmp_path, monkeypatch):
+    model = tiny("image", "transinr")
+    data = tinyinr.ImageData(model.cfg, photos(tmp_path, 70), "train")
+    whole = tinyinr.evaluate(model, data, tinyinr.choose_device("cpu"))
+    found = []
+    for rank in (1, 0):
+        monkeypatch.setattr(tinyinr, "world", lambda: (rank, 2))
+        monkeypatch.setattr(
+            tinyinr, "gathered",
+            lambda rows: (found.extend(rows), sorted(found, key=lambda row: row[0]))[1])
+        parts = tinyinr.evaluate(model, data, tinyinr.choose_device("cpu"))
+    assert parts == whole and len(found) == 2
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    args = train_args("gp", "vnp", tmp_path, "--out", tmp_path / "run")
+    output = run(*args, "--set", "batch_size=7", "--accumulate", 3, code=2)
+    assert "batch_size=7 must be a multiple of processes x accumulate = 3; try 9" in output
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------- losses and metrics
@@ -989,23 +1215,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(trained, tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def start(*args):
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tinyinr.py", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(path, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < end and process.poll() is None:
-        time.sleep(0.05)
-    assert path.exists(), process.stdout.read()
-
-
 def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_loads(tmp_path):
     photos(tmp_path / "photos", 12)
     args = (
@@ -1034,6 +1243,140 @@ def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_l
     process.communicate()
     tinyinr.load(tmp_path / "run" / "ckpt.pt")
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] > step
+
+
+def test_killed_at_random_moments_a_run_loses_no_more_than_an_interval_thoroughly(tmp_path, length):
+    """Saves at every step, so that many kills fall into one; every start goes on where it was."""
+    out, random = tmp_path / "run", np.random.default_rng(0)
+    args = train_args("gp", "vnp", tmp_path, "--steps", 10**7, "--out", out)
+    step, moments = 0, length(3, 50)
+    for i in range(moments):
+        process = start(*args, *["--resume"] * (out / "ckpt.pt").exists())
+        if i % 5:  # every fifth is killed while it starts
+            end, fresh = time.monotonic() + 60, out / "ckpt.pt"
+            began = fresh.stat().st_mtime_ns if fresh.exists() else 0
+            while process.poll() is None and time.monotonic() < end:
+                if fresh.exists() and fresh.stat().st_mtime_ns != began:
+                    break
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.5))
+            seen = torch.load(fresh, weights_only=True)["step"]
+        else:
+            time.sleep(random.uniform(0, 4))
+            seen = step
+        process.kill()
+        process.communicate()
+        if (out / "ckpt.pt").exists():
+            tinyinr.load(out / "ckpt.pt")
+            now = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+            assert now >= seen >= step
+            step = now
+    process = start(*args, "--resume")
+    wait_for(out / "ckpt.pt", process)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl"]  # no litter
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    print(f"{moments} kills, {step} steps survived")
+
+
+def test_two_runs_in_one_folder_are_kept_apart(trained):
+    with tinyinr.alone_in(trained[1]), torch.enable_grad():
+        output = run(*TRAIN, "--data", trained[0], "--out", trained[1], code=2)
+    assert "another run writes to this folder" in output
+
+
+def test_a_disk_that_is_full_from_the_start_ends_in_one_line(tmp_path):
+    """A limit on the size of files stands in for the full disk: writing fails half-way."""
+    args = train_args("gp", "vnp", tmp_path, "--steps", 50, "--out", tmp_path / "run")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    output = finish(start(*args, preexec_fn=limit), 2)
+    assert output.count("Error: ") == 1 and "File too large" in output
+    assert "Traceback" not in output
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) in ([], ["log.jsonl"])
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    output = run("train", "--task", "gp", "--smoke", "--out", "/proc/run", code=2)
+    assert output.count("Error: ") == 1 and "/proc/run" in output
+
+
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    with torch.enable_grad():
+        run(*train_args("gp", "vnp", tmp_path, "--steps", 4, "--out", tmp_path / "run"))
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 4 and 0 < row["elapsed"] < 60 and row["eta"] == 0
+
+
+def test_a_picture_that_vanishes_during_a_run_is_named(tmp_path):
+    data = tinyinr.ImageData(image_config(), photos(tmp_path, 4), "train")
+    data.pixels = None  # as where the set does not fit into memory
+    stream = data.batches("cpu")
+    next(stream)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"p\d.png.*restore it and go on with --resume"):
+        for _ in range(200):  # some batches are ready already
+            next(stream)
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_the_same_seed_gives_the_same_file(task, name, tmp_path):
+    """Two runs of a cell leave the same bytes, however long they took."""
+    args = train_args(task, name, tmp_path, "--steps", 3)
+    hashes = set()
+    for out in ("a", "b"):
+        with torch.enable_grad():
+            run(*args, "--out", tmp_path / out)
+        hashes.add(hashlib.sha256((tmp_path / out / "ckpt.pt").read_bytes()).hexdigest())
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_three_times_the_learning_rate_stays_finite_thoroughly(task, name, tmp_path, length):
+    """Or the run ends with its reason and keeps the last good checkpoint."""
+    preset = make_config("small", task, name)
+    rates = ("--lr", 3 * preset.lr, "--set", f"muon_lr={3 * preset.muon_lr}", "--set",
+             f"clip={preset.clip}", "--set", "identity_init=True", "--set", "warmup=50",
+             "--set", "save_every=60", "--set", "hold=0")
+    steps = length(60, 20_000)
+    args = train_args(task, name, tmp_path, *rates, "--steps", steps, "--out", tmp_path / "run")
+    with torch.enable_grad():
+        result = CliRunner().invoke(tinyinr.cli, [str(a) for a in args])
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert all(bool(v.isfinite().all()) for v in ckpt["model"].values())
+    assert result.exit_code == 0 or (result.exit_code == 1 and "not finite" in result.output)
+    print(task, name, ckpt["step"], "steps", "" if result.exit_code == 0 else "ended early")
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_bf16_learns_as_fp32_does(task, name, tmp_path):
+    """The training curves of both precisions agree within the noise of the steps."""
+    errors = {}
+    small = dict(batch_size=8, queries=64, lr=1e-3, muon_lr=0.01, beta2=0.95, clip=1.0, beta=1e-3)
+    small |= dict(identity_init=True, freq_top=4.0, points_per_ray=8)
+    cfg = Config(task=task, model=name, **SIZES | small | (
+        dict(grid=48) if task == "gp" else dict(image_size=16, patch=4, padding=0)))
+    if task == "nvs":
+        for i in range(4):
+            write_scene(tmp_path / "balls" / str(i))
+        (tmp_path / "ball_splits.json").write_text(json.dumps({"train": list("0123")}))
+    data = {"image": lambda: tinyinr.ImageData(cfg, photos(tmp_path, 9), "train"),
+            "nvs": lambda: tinyinr.SceneData(cfg, tmp_path), "gp": lambda: tinyinr.CurveData(cfg)}
+    for precision in ("fp32", "bf16"):
+        training = tinyinr.Run(cfg, tinyinr.choose_device("cpu", task, precision))
+        with torch.enable_grad():
+            curve = [float(training.update(batch, i / 100)[1]) for i, batch in
+                     zip(range(100), data[task]().batches("cpu"))]
+        errors[precision] = np.log(curve)
+    gap = np.abs(errors["fp32"] - errors["bf16"]).reshape(10, 10).mean(1)
+    noise = np.std(np.diff(errors["fp32"])) / math.sqrt(2)
+    assert errors["fp32"][-20:].mean() < errors["fp32"][:5].mean() - 0.2  # both learn
+    assert gap[-1] < max(0.1, noise), (gap, noise)
 
 
 @pytest.mark.parametrize("task, name", CELLS)
@@ -1091,6 +1434,155 @@ def test_optimisation_lowers_the_error_on_the_context_of_every_signal():
     refined = tinyinr.optimise(model, code, context, 20)
     assert (error(refined) < error(code)).all()
     assert all(not torch.equal(refined[k], code[k]) for k in code)
+
+
+# ------------------------------------------------------------------------- hostile input
+
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from(("flip", "cut", "insert", "drop", "number")),
+              st.binary(min_size=1, max_size=8)), min_size=1, max_size=6)
+NUMBERS = (b"1e400", b"-1", b"0", b"1e308", b"NaN", b"9" * 400, b"[[[[", b"null", b'"a"')
+
+
+def damaged(data: bytes, edits) -> bytes:
+    """A file with some of its bytes changed, and its numbers replaced by absurd ones."""
+    for place, how, new in edits:
+        at = int(place * len(data))
+        if how == "number":
+            found = [n.span() for n in re.finditer(rb"-?\d[\d.e+-]*", data)]
+            if found:
+                a, b = found[min(int(place * len(found)), len(found) - 1)]
+                data = data[:a] + NUMBERS[new[0] % len(NUMBERS)] + data[b:]
+        elif how == "cut":
+            data = data[:at]
+        else:
+            after = {"flip": at + len(new), "insert": at, "drop": at + 9 * len(new)}[how]
+            data = data[:at] + new * (how != "drop") + data[after:]
+    return data
+
+
+def hostile(kind, folder):
+    """Good files of a kind, and a function that reads a damaged one."""
+    path, cfg = folder / "input", image_config()
+
+    def by(read):
+        return lambda data: (path.write_bytes(data), read(path))[1]
+
+    if kind == "checkpoint":
+        models = [tiny(task, name) for task, name in CELLS]
+        states = [{"config": asdict(m.cfg), "model": m.state_dict()} for m in models]
+        files = [io.BytesIO() for _ in states]
+        for state, file in zip(states, files):
+            torch.save(state, file)
+        return [f.getvalue() for f in files], by(tinyinr.load)
+    if kind == "official checkpoint":
+        return [p.read_bytes() for p in sorted(PARITY.glob("*.pth"))], by(tinyinr.load)
+    if kind == "picture":
+        suffixes = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+        return [encoded(picture(), f) for f in suffixes], lambda d: tinyinr.decode_image(d, 16)
+    if kind == "zip":
+        photos(folder / "train", 2), photos(folder / "test", 1)
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+            for p in sorted(folder.rglob("*.png")):
+                z.write(p, p.relative_to(folder))
+        return [file.getvalue()], by(lambda p: tinyinr.ImageData(cfg, p, "test"))
+    if kind == "scene":
+        scene = write_scene(folder / "balls" / "a")
+        good, path = (scene / "transforms.json").read_bytes(), scene / "transforms.json"
+        read = lambda p: tinyinr.read_scene(tinyinr.Tree(folder), "balls/a", 16)
+        return [good], lambda data: (path.write_bytes(data), read(path))[1]
+    if kind == "split":
+        good = json.dumps({"train": list("0123"), "test": ["4", "5"]}).encode()
+        path = folder / "ball_splits.json"
+        return [good], lambda data: (path.write_bytes(data), tinyinr.read_split(
+            tinyinr.Tree(folder), "ball_splits.json"))[1]
+    rows = b"x,y\n" + b"".join(b"%d,%.3f\n" % (i, i / 7) for i in range(9))
+    return [rows, rows.replace(b"\n", b"\r\n"), b'"1","2"\n3,4\n'], by(
+        lambda p: tinyinr.standardise(*tinyinr.read_csv(p)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["checkpoint", "official checkpoint", "picture", "zip", "scene",
+                                  "split", "csv"])
+def test_damaged_files_are_read_or_refused_thoroughly(kind, tmp_path, length):
+    """Whatever the bytes: a result or a ValueError or OSError with words, soon, and no file."""
+    good, read = hostile(kind, tmp_path)
+    refused, before = [], None
+
+    @settings(max_examples=length(40, 15_000), deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(good), EDITS)
+    def check(data, edits):
+        start = time.monotonic()
+        try:
+            read(damaged(data, edits))
+        except (ValueError, OSError) as e:
+            assert str(e)
+            refused.append(e)
+        assert time.monotonic() - start < 20
+
+    for data in good:
+        read(data)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    check()
+    assert refused and sorted(p for p in tmp_path.rglob("*")) == before
+    print(kind, length(40, 15_000), "inputs,", len(refused), "refused")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(config=dict(dim=10**12)), "dim=1000000000000 must be from 1 to 1,048,576"),
+    (dict(config=dict(dim=2**20, ff_dim=2**20)), "weight .* its config asks for"),
+    (dict(config=dict(depth=1000)), "weight transformer.10.* is missing"),
+    (dict(config=dict(depth=-1)), "depth=-1 must be from 0 to 1,024"),
+    (dict(config=dict(dim="32")), "dim='32' must be a int"),
+    (dict(config=dict(lr=math.nan)), "lr=nan must be a float"),
+    (dict(wtokens=torch.zeros(1).expand(24, 32)), "claims more numbers than the file holds"),
+    (dict(wtokens=torch.zeros(1).expand(10**6, 10**6)), "wtokens is .1000000, 1000000."),
+])
+def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(change, words, tmp_path):
+    """Before memory is taken: the whole test takes less than 200 MB more than it began with."""
+    model = tiny("image", "transinr")
+    state = {"config": asdict(model.cfg) | change.get("config", {}), "model": model.state_dict()}
+    state["model"] |= {k: v for k, v in change.items() if k != "config"}
+    torch.save(state, tmp_path / "bad.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=words):
+        tinyinr.load(tmp_path / "bad.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """torch.save compresses nothing; a bomb is what does."""
+    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good:
+        with zipfile.ZipFile(tmp_path / "bad.pt", "w", zipfile.ZIP_DEFLATED) as bad:
+            for name in good.namelist():
+                bad.writestr(name, good.read(name))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        tinyinr.load(tmp_path / "bad.pt")
+
+
+def test_a_picture_bomb_is_refused_before_it_is_unpacked():
+    bomb = encoded(Image.new("1", (20_000, 20_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ValueError, match="20000 x 20000 pixels are more"):
+        tinyinr.decode_image(bomb, 16)
+
+
+def test_zips_are_read_in_place_and_bombs_and_odd_names_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tinyinr, "MOST_BYTES", 10_000)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("train/../../../evil.png", encoded(picture()))
+        z.writestr("train/bomb.png", bytes(1_000_000))
+        z.writestr("train/two\nlines.png", b"no picture")
+        z.writestr("test/a.png", encoded(picture()))
+    data = tinyinr.ImageData(image_config(), tmp_path / "set.zip", "train")
+    assert len(data) == 1
+    lines = [n for n in capsys.readouterr().out.splitlines() if n.startswith("left out")]
+    assert len(lines) == 2 and "1,000,000 bytes" in lines[0] and "two lines.png" in lines[1]
+    assert [p.name for p in tmp_path.rglob("*")] == ["set.zip"]
+    assert not list(tmp_path.parent.glob("evil*"))
 
 
 # ------------------------------------------------------------------------- command line
@@ -1910,3 +2402,7 @@ def test_page_draws_the_band_of_a_neural_process(tmp_path, exported):
     assert (
         band.any(0).mean() > 0.95 and (picture == (0x1F, 0x4E, 0x8C)).all(-1).any(0).mean() > 0.95
     )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))

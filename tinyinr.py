@@ -28,13 +28,18 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import signal
 import statistics
+import struct
+import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +47,19 @@ from typing import NamedTuple
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 DATA = Path(__file__).parent / "data"  # the bundled sets
 
@@ -57,6 +69,17 @@ COORD_DIM = {"image": 2, "nvs": 3, "gp": 1}  # what a task's field maps ...
 VALUE_DIM = {"image": 3, "nvs": 4, "gp": 1}  # ... to: RGB; RGB and density; y
 MODELS = ("transinr", "vnp")
 KERNELS = ("rbf", "matern52", "periodic")  # of the Gaussian processes that curves come from
+
+
+LIMITS = {  # smallest and largest value of Config's whole numbers; the others: 0 and 2^20
+    **dict.fromkeys(("dim", "heads", "head_dim", "ff_dim", "image_size", "patch", "merge", "grid",
+                     "grid_scales", "stride", "freqs", "inr_width", "groups", "cross_heads",
+                     "cross_ff", "hidden", "latent", "pool_every", "views", "batch_size",
+                     "accumulate"), (1, 2**20)),
+    **dict.fromkeys(("depth", "cross_depth", "blocks"), (0, 1024)), "inr_depth": (1, 1024),
+    "convs": (0, 16),
+    "points_per_ray": (2, 2**20), "steps": (0, 2**40), "seed": (-(2**63), 2**64 - 1),
+}
 
 
 @dataclass
@@ -83,6 +106,8 @@ class Config:
     grid_range: float = 2.4  # gp: the grid covers [-grid_range, grid_range]
     grid_scales: int = 4  # gp: length scales of the set convolution, doubling from the spacing
     stride: int = 4  # gp: grid points per token
+    convs: int = 0  # gp: residual convolutions on the grid, dilated by 1, 2, 4, 8, 16, 1, 2, ...
+    relative: bool = False  # gp, VNP: attention knows the distance of two tokens
     # positional encoding of coordinates
     freqs: int = 64  # frequencies per axis
     freq_top: float = 1024.0  # highest frequency over the lowest
@@ -115,7 +140,8 @@ class Config:
     steps: int = 0
     minutes: float = 0.0
     epochs: int = 0
-    batch_size: int = 16
+    batch_size: int = 16  # signals a step, of all processes together
+    accumulate: int = 1  # a process's part of the batch goes through the model in as many pieces
     queries: int = 0  # targets per signal and step (pixels, rays, points); 0: all there are
     lr: float = 1e-4
     muon_lr: float = 0.0  # of the Transformer's matrices; 0: Adam for all
@@ -143,9 +169,18 @@ class Config:
         if self.local and self.task == "nvs":
             raise ValueError("local=True needs tokens that lie where the targets are; a view's "
                              "patches do not: leave it out")
+        if self.relative and (self.task, self.model) != ("gp", "vnp"):
+            raise ValueError("relative=True needs tokens in a row: it is for the VNP of curves")
         if not 1 <= self.pool_every <= self.image_size:
             raise ValueError(f"pool_every={self.pool_every} must be a number of pixels from 1 to "
                              f"image_size={self.image_size}")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind in (int, float) and (not isinstance(value, (int, kind)) or value != value):
+                raise ValueError(f"{field.name}={value!r} must be a {kind.__name__}")
+            least, most = LIMITS.get(field.name, (0, 2**20) if kind is int else (None, None))
+            if kind is int and not least <= value <= most:
+                raise ValueError(f"{field.name}={value} must be from {least} to {most:,}")
         self.context = tuple(float(v) for v in self.context)
         if not 0 <= self.context[0] <= self.context[-1] <= 1 or len(self.context) != 2:
             raise ValueError(f"context={self.context} must be a range within [0, 1]; try 0.05 0.5")
@@ -203,12 +238,13 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             color_gain=4.0, augment="mirror recolor", lr=5e-4, muon_lr=0.01, beta2=0.95,
             warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
-            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16, freq_top=64.0,
-            cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True, minutes=9.8,
+            convs=5, relative=True, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16,
+            freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
+            minutes=9.8,
             batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100,
             decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
-            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
+            convs=5, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
             inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16, queries=24,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
@@ -233,9 +269,10 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
         image_size=128, patch=8, padding=0, dim=512, heads=8, ff_dim=1024, freq_top=256.0,
         beta=1e-3, latent_pool="query", epochs=1000, batch_size=32, queries=128, train_views=25)},
     "vnp-gp": {("gp", "vnp"): dict(
-        dim=128, depth=6, heads=4, head_dim=32, ff_dim=512, freqs=32, freq_top=64.0,
-        cross_ff=256, hidden=128, latent=32, local=True, minutes=85.0, batch_size=16,
-        queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200, decay="linear", clip=1.0)},
+        convs=10, relative=True, dim=128, depth=4, heads=4, head_dim=32, ff_dim=256, freqs=16,
+        freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
+        minutes=85.0, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200,
+        decay="linear", clip=1.0)},
 }
 
 
@@ -356,14 +393,22 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head attention of queries (B, M, E) over keys and values (B, T, E): (B, M, E)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention of queries (B, M, E) over keys and values (B, T, E): (B, M, E).
+
+    bias (heads, M, T) is added to the logits.
+    """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, ., E/h)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, no bias in Q, K, V ([1] Sec. 3.2, [2] Sec. 3.2)."""
+    """Pre-norm Transformer block, no bias in Q, K, V ([1] Sec. 3.2, [2] Sec. 3.2).
+
+    cfg.relative: a learned bias on the logits for every distance of two tokens, as curves from a
+    stationary process look the same everywhere (deviates: [2] has absolute positions only).
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -378,9 +423,16 @@ class Block(nn.Module):
         if cfg.identity_init:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.ff2.weight)
+        self.near = None
+        if cfg.relative:
+            place = torch.arange(cfg.tokens)
+            self.near = nn.Parameter(torch.zeros(cfg.heads, 2 * cfg.tokens - 1))
+            distance = place[:, None] - place + cfg.tokens - 1  # (T, T), from 0
+            self.register_buffer("distance", distance, persistent=False)
 
     def forward(self, x):  # (B, T, D)
-        x = x + self.out(attend(*self.qkv(self.norm1(x)).chunk(3, -1), self.heads))
+        bias = None if self.near is None else self.near[:, self.distance]  # (h, T, T)
+        x = x + self.out(attend(*self.qkv(self.norm1(x)).chunk(3, -1), self.heads, bias))
         return x + self.ff2(F.gelu(self.ff1(self.norm2(x))))
 
 
@@ -442,7 +494,8 @@ class SetTokenizer(nn.Module):
     A set convolution onto a regular grid with a density channel, at several scales, then strided
     convolutions (our reading: the 1D code of [2] is not public). Besides the points' density and
     mean value every grid point gets their mean offset and the values' first moment, so that
-    nothing is lost to the spacing of the grid. mask (B, N): 1 = present.
+    nothing is lost to the spacing of the grid. cfg.convs dilated convolutions spread them over it.
+    mask (B, N): 1 = present.
     """
 
     def __init__(self, cfg: Config):
@@ -453,8 +506,12 @@ class SetTokenizer(nn.Module):
         self.register_buffer("scales", scales, persistent=False)  # (S,)
         width = cfg.dim // 2
         self.conv1 = nn.Conv1d(4 * cfg.grid_scales, width, 5, padding=2)
+        spread = [2 ** (i % 5) for i in range(cfg.convs)]
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2 * n, dilation=n)
+                                   for n in spread)
         self.conv2 = nn.Conv1d(width, cfg.dim, cfg.stride + 1, cfg.stride, padding=cfg.stride // 2)
-        self.pos = nn.Parameter(torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
+        std = 0.02 if cfg.relative else 1.0  # where attention knows distances, places matter less
+        self.pos = nn.Parameter(std * torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
 
     def set_conv(self, x, y, mask=None):
         """Kernel regression of the set on the grid, (B, 4 S, G) at S scales."""
@@ -469,8 +526,10 @@ class SetTokenizer(nn.Module):
         return out.movedim(-1, 1).flatten(1, 2)  # (B, 4 S, G)
 
     def forward(self, x, y, mask=None):
-        grid = self.conv2(F.gelu(self.conv1(self.set_conv(x, y, mask))))  # (B, D, T)
-        return grid.transpose(1, 2) + self.pos
+        grid = self.conv1(self.set_conv(x, y, mask))  # (B, D / 2, G)
+        for conv in self.convs:
+            grid = grid + conv(F.gelu(grid))
+        return self.conv2(F.gelu(grid)).transpose(1, 2) + self.pos  # (B, T, D)
 
 
 class Tokenizer(nn.Module):
@@ -871,6 +930,82 @@ def build(cfg: Config) -> nn.Module:
     return (TransINR if cfg.model == "transinr" else VNP)(cfg)
 
 
+# ------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def processes(device: str, patience: float = 600.0):
+    """Join the processes that torchrun started, if it did; only the first one prints and writes.
+
+    Tensors of a CPU are exchanged by gloo, of a GPU by nccl, each process on a GPU of its own. A
+    process that waits `patience` seconds in vain for the others gives up.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                            timeout=timedelta(seconds=patience))
+    rank, _ = world()
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank:
+                null = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(null))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> tuple[int, int]:
+    """This process's number, and how many take part."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def neighbours() -> int:
+    """How many of the processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share(n: int) -> slice:
+    """This process's part of n signals: the parts are equal and do not overlap."""
+    rank, size = world()
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def dealt(items) -> Iterator:
+    """(i, item) for every item that is this process's turn: number `rank` of every `size`."""
+    rank, size = world()
+    return itertools.islice(enumerate(items), rank, None, size)
+
+
+def gathered(rows: list) -> list:
+    """The (i, ...) rows of all processes in the order of i: what one process alone would have."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * world()[1]
+        dist.all_gather_object(parts, rows)
+    return sorted(itertools.chain(*parts), key=lambda row: row[0])
+
+
+def agreed(*values: float) -> list[float]:
+    """The largest of every process's values, the same in all of them."""
+    if not dist.is_initialized():
+        return list(values)
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def told(value):
+    """The first process's value, in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 # ------------------------------------------------------------------------- data: files and images
 
 
@@ -884,7 +1019,10 @@ class Tree:
             files = (p for p in self.path.rglob("*") if p.is_file())
             self.names = sorted(p.relative_to(self.path).as_posix() for p in files)
         elif zipfile.is_zipfile(self.path):
-            self.zip = zipfile.ZipFile(self.path)
+            try:
+                self.zip = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, ValueError, struct.error) as e:
+                raise ValueError(f"{path}: a broken zip ({e}); copy it again") from e
             self.names = sorted(n for n in self.zip.namelist() if not n.endswith("/"))
         else:
             raise ValueError(f"{path}: no such folder or zip; --data takes one of them")
@@ -892,19 +1030,44 @@ class Tree:
         self.folders = {n.split("/")[0] for n in self.names if "/" in n}
 
     def read(self, name: str) -> bytes:
-        return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+        """A file's bytes. Errors: OSError or ValueError with the reason; nothing is unpacked."""
+        size = self.zip.getinfo(name).file_size if self.zip else (self.path / name).stat().st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"{name}: {size:,} bytes are more than the {MOST_BYTES:,} that a file"
+                             " of a set may have")
+        try:
+            return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, struct.error) as e:
+            raise ValueError(f"{name}: broken in {self.path} ({e})") from e
 
 
+MOST_BYTES, MOST_PIXELS = 1 << 28, 1 << 27  # of a file and a picture of a data set
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def free_memory() -> float:
+    """Bytes of memory that are free; where a system does not say, all there are, or infinity."""
+    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 def decode_image(data: bytes, size: int, least: int = 1, crop: bool = True) -> np.ndarray:
     """Encoded picture -> (H, W, 3) uint8, upright, transparency on white, 16 bits as 8.
 
     The shorter side becomes `size`, and the centre is cropped to a square. Errors: ValueError for
-    fewer than `least` pixels a side, and what pillow raises.
+    fewer than `least` pixels a side or too many in all, and for what pillow cannot read.
     """
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if picture.size[0] * picture.size[1] > MOST_PIXELS:
+            raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels are more than the "
+                             f"{MOST_PIXELS:,} that are read")
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+    except Exception as e:  # pillow's plugins raise whatever the bytes provoke
+        raise ValueError(str(e) or type(e).__name__) from e
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
@@ -923,10 +1086,6 @@ def decode_image(data: bytes, size: int, least: int = 1, crop: bool = True) -> n
     return np.array(picture)
 
 
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile,
-          Image.DecompressionBombError)  # what a broken file can raise
-
-
 def read_all(names: list[str], read, what: str) -> list:
     """read(name) for all names, in threads; a string result is the reason why one is left out."""
     with ThreadPoolExecutor() as pool, click.progressbar(
@@ -934,7 +1093,7 @@ def read_all(names: list[str], read, what: str) -> list:
         items = list(results)
     broken = [item for item in items if isinstance(item, str)]
     for reason in broken[:10]:
-        click.echo(f"left out: {reason}")
+        click.echo(f"left out: {' '.join(reason.split())}")
     if len(broken) == len(items):
         raise ValueError(f"none of {len(names)} {what} could be read; the first: {broken[0]}")
     if broken:
@@ -957,6 +1116,11 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
+def own_generators(cfg: Config, step: int) -> list[torch.Generator]:
+    """One for every signal of this process's part of a step's batch, however many take part."""
+    return [generator(cfg.seed, step, 8, j) for j in range(cfg.batch_size)[share(cfg.batch_size)]]
+
+
 CELEBA = {"train": (1, 162770), "val": (162771, 182637), "test": (182638, 202599)}  # ids
 
 
@@ -977,7 +1141,7 @@ class ImageData(torch.utils.data.Dataset):
                              f"{split} split; give a folder or zip with at least two")
         size = len(self.names) * 3 * cfg.image_size**2 * (1.5 if self.crop else 1)
         self.pixels, self.side = None, (cfg.image_size, cfg.image_size)
-        if size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        if size * neighbours() < 0.5 * free_memory():
             items = read_all(self.names, self.read, "pictures")
             self.pixels = items if self.crop else torch.stack(items)  # (n, 3, S, S)
 
@@ -999,7 +1163,7 @@ class ImageData(torch.utils.data.Dataset):
         try:
             data = self.tree.read(name)
             pixels = decode_image(data, size, size // self.cfg.patch, crop=not self.crop)
-        except BROKEN as e:
+        except (OSError, ValueError) as e:
             return f"{name} ({e})"
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -1009,9 +1173,7 @@ class ImageData(torch.utils.data.Dataset):
     def __getitem__(self, key):  # (index, seed of the crop) -> (3, S, S) uint8
         i, seed = key
         image = self.read(self.names[i]) if self.pixels is None else self.pixels[i]
-        if isinstance(image, str):
-            raise ValueError(f"{image}: remove it from the set")
-        if self.crop:
+        if self.crop and not isinstance(image, str):
             side, gen = self.cfg.image_size, generator(seed, i, 2)
             y, x = (int(torch.randint(n - side + 1, (), generator=gen)) for n in image.shape[1:])
             image = image[:, y : y + side, x : x + side]
@@ -1019,37 +1181,45 @@ class ImageData(torch.utils.data.Dataset):
 
     def pictures(self, start=0):
         """Endless batches of pictures (B, 3, S, S) uint8, from this step on."""
-        cfg, n = self.cfg, len(self)
-        keys = ([(i, step) for i in draws(n, cfg.batch_size, cfg.seed, step)]
+        cfg, n, mine = self.cfg, len(self), share(self.cfg.batch_size)
+        keys = ([(i, step) for i in draws(n, cfg.batch_size, cfg.seed, step)[mine]]
                 for step in itertools.count(start))
         if self.pixels is None:
             loader = torch.utils.data.DataLoader
-            yield from loader(self, batch_sampler=keys, num_workers=os.cpu_count())
-        for key in keys:
-            yield torch.stack([self[k] for k in key])
+            workers = max(1, os.cpu_count() // neighbours())
+            batches = loader(self, batch_sampler=keys, num_workers=workers, collate_fn=list)
+        else:
+            batches = ([self[k] for k in key] for key in keys)
+        for images in batches:
+            for reason in (v for v in images if isinstance(v, str)):
+                raise ValueError(f"{reason}: it was readable when the run began; restore it and "
+                                 "go on with --resume")
+            yield torch.stack(images)
 
     def batches(self, device, start=0):
         """Endless training batches (context, query, target) from this step on."""
         cfg = self.cfg
         grid = pixel_grid(cfg.image_size, cfg.image_size, device)  # (H W, 2)
         for step, image in enumerate(self.pictures(start), start):
-            gen = generator(cfg.seed, step, 3)
+            gens = own_generators(cfg, step)
             image = image.to(device, non_blocking=True).float() / 255
             if cfg.flip:
-                flip = torch.rand(len(image), 1, 1, 1, generator=gen).to(device) < 0.5
-                image = torch.where(flip, image.flip(-1), image)
-            pixels = torch.randperm(len(grid), generator=gen)[: cfg.queries or None].to(device)
+                flip = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < 0.5
+                image = torch.where(flip.to(device), image.flip(-1), image)
+            pixels = torch.randperm(len(grid), generator=generator(cfg.seed, step, 3))
+            pixels = pixels[: cfg.queries or None].to(device)  # the same of every picture
             target = image.flatten(2)[..., pixels].transpose(1, 2)  # (B, M, 3)
-            yield self.context(image, gen), {"coords": grid[pixels][None]}, target
+            yield self.context(image, gens), {"coords": grid[pixels][None]}, target
 
-    def context(self, image, gen, fraction=None):
+    def context(self, image, gens, fraction=None):
         """The picture, with a mask of the seen pixels where the model reads parts of pictures."""
         if not self.cfg.masked:
             return {"image": image}
-        low, high = (fraction, fraction) if fraction else self.cfg.context
-        fraction = low + (high - low) * torch.rand(len(image), 1, 1, 1, generator=gen)
-        mask = torch.rand(image[:, :1].shape, generator=gen) < fraction
-        return {"image": image, "mask": mask.to(image)}
+        (low, high), masks = (fraction, fraction) if fraction else self.cfg.context, []
+        for gen in gens:  # one for every picture
+            part = low + (high - low) * torch.rand((), generator=gen)
+            masks.append(torch.rand(1, *image.shape[2:], generator=gen) < part)
+        return {"image": image, "mask": torch.stack(masks).to(image)}
 
     def tests(self, device, only=None, batch=32):
         """All pictures or `only` some: (context, query, target (B, 1, H W, 3), label)."""
@@ -1059,7 +1229,8 @@ class ImageData(torch.utils.data.Dataset):
             for i in range(0, len(only), batch):
                 image = torch.stack([self[k, 0] for k in only[i : i + batch]])
                 image = image.to(device).float() / 255
-                yield (self.context(image, generator(0, i), fraction), {"coords": grid},
+                gens = [generator(0, k) for k in only[i : i + batch]]
+                yield (self.context(image, gens, fraction), {"coords": grid},
                        image.flatten(2).transpose(1, 2).unsqueeze(1), f"{fraction:.0%} seen")
 
 
@@ -1079,12 +1250,16 @@ def read_scene(tree: Tree, folder: str, size: int) -> tuple[Tensor, Tensor, Tens
         poses = torch.tensor([f["transform_matrix"] for f in frames], dtype=torch.float64)
         poses = poses[:, :3, :4]
         files = [str(f["file_path"]) for f in frames]
-    except (KeyError, TypeError, ValueError, IndexError, OSError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, OSError, ArithmeticError, RuntimeError,
+            AttributeError) as e:
         raise ValueError(f"{name}: malformed ({e!r}); it needs camera_angle_x (rad) and frames of "
                          "file_path and transform_matrix (4 x 4, camera-to-world)") from e
-    if poses.shape != (len(files), 3, 4) or not files or not 0 < angle < math.pi:
+    if poses.shape != (len(files), 3, 4) or not files or not 1e-3 < angle < math.pi - 1e-3:
         raise ValueError(f"{name}: {len(files)} frames, poses {tuple(poses.shape)}, camera_angle_x"
                          f"={angle:g}; it needs a 4 x 4 matrix a frame and an angle in (0, pi)")
+    if not bool((poses[..., 3].abs() < 1e6).all()):
+        raise ValueError(f"{name}: a camera is 10^6 or more away, or nowhere; scale the scene so "
+                         "that the object has a size of about 1")
     r = poses[..., :3]
     off = (r @ r.mT - torch.eye(3, dtype=r.dtype)).abs().amax((1, 2)) + (r.det() - 1).abs()
     if not bool((off < 1e-3).all()):
@@ -1143,7 +1318,7 @@ class SceneData:
     def select(self, split):
         names = self.tree.names
         scenes = [posixpath.dirname(n) for n in names if n.split("/")[-1] == "transforms.json"]
-        splits = [json.loads(self.tree.read(n)) for n in names if n.endswith("_splits.json")]
+        splits = [read_split(self.tree, n) for n in names if n.endswith("_splits.json")]
         if not splits:
             order = sorted(scenes, key=lambda n: zlib.crc32(n.encode()))
             tenth = -(-len(order) // 10) if len(order) > 1 else 0
@@ -1157,25 +1332,27 @@ class SceneData:
         Every object gives `views` context views and one target view, of which `queries` random
         rays are taken; in the first epoch half of them hit the object, the foreground ([1]).
         """
-        cfg, n = self.cfg, len(self)
+        cfg, n, mine = self.cfg, len(self), share(self.cfg.batch_size)
         for step in itertools.count(start):
-            gen = generator(cfg.seed, step, 3)
+            gens = own_generators(cfg, step)
             views = torch.stack([
-                self.first[i] + torch.randperm(self.counts[i], generator=gen)[: cfg.views + 1]
-                for i in draws(n, cfg.batch_size, cfg.seed, step)])
+                self.first[i] + torch.randperm(self.counts[i], generator=g)[: cfg.views + 1]
+                for i, g in zip(draws(n, cfg.batch_size, cfg.seed, step)[mine], gens)])
             images = self.images[views].float() / 255  # (B, V + 1, 3, H, W)
             poses, focals = self.poses[views], self.focals[views]
             if cfg.augment:
-                images, poses = augment_scenes(images, poses, cfg.augment, gen)
+                images, poses = augment_scenes(images, poses, cfg.augment, gens)
             target = images[:, -1].flatten(2).transpose(1, 2)  # (B, H W, 3)
             odds = torch.ones(target.shape[:2])
             if step * cfg.batch_size < n:
                 seen = (target.amin(-1) < 1).float()
                 odds = seen / seen.sum(1, keepdim=True).clamp(min=1) + 1 / seen.shape[1]
-            rays = odds.multinomial(cfg.queries, generator=gen).unsqueeze(-1)  # (B, R, 1)
+            rays = torch.stack([o.multinomial(cfg.queries, generator=g)
+                                for o, g in zip(odds, gens)]).unsqueeze(-1)  # (B, R, 1)
+            jitter = torch.stack([torch.rand(cfg.queries, 1, generator=g) for g in gens])
             o, d = (r.flatten(1, 2).gather(1, rays.expand(-1, -1, 3))
                     for r in camera_rays(poses[:, -1], focals[:, -1], *self.side))
-            query = {"rays_o": o, "rays_d": d, "jitter": torch.rand(*rays.shape, generator=gen)}
+            query = {"rays_o": o, "rays_d": d, "jitter": jitter}
             context = {"images": images[:, :-1], "poses": poses[:, :-1], "focals": focals[:, :-1]}
             target = target.gather(1, rays.expand(-1, -1, 3))
             yield tuple(to_device(x, device) for x in (context, query, target))
@@ -1196,21 +1373,33 @@ class SceneData:
                    folder.split("/")[0])
 
 
-def augment_scenes(images, poses, how, gen):
+def read_split(tree: Tree, name: str) -> dict:
+    """A `<class>_splits.json`: {split: [folder, ...]}. Errors: ValueError naming the file."""
+    try:
+        split = json.loads(tree.read(name))
+        return {k: [str(v) for v in ids] for k, ids in split.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{name}: malformed ({e}); it needs lists of folders by split, as "
+                         '{"train": [...], "test": [...]}') from e
+
+
+def augment_scenes(images, poses, how, gens):
     """Turn each scene about its vertical axis, mirror it, permute its colors, as `how` lists.
 
-    images (B, V, 3, H, W), poses (B, V, 3, 4), world up = z; returns both, still consistent.
+    images (B, V, 3, H, W), poses (B, V, 3, 4), world up = z, and a generator for each; returns
+    both, still consistent.
     """
     batch = len(images)
-    angle = 2 * math.pi * torch.rand(batch, generator=gen) * ("turn" in how)
-    mirror = 1 - 2 * (torch.rand(batch, generator=gen) < 0.5 * ("mirror" in how)).float()
+    u = torch.stack([torch.rand(5, generator=g) for g in gens], 1)  # (5, B)
+    angle = 2 * math.pi * u[0] * ("turn" in how)
+    mirror = 1 - 2 * (u[1] < 0.5 * ("mirror" in how)).float()
     c, s, zero, one = angle.cos(), angle.sin(), torch.zeros(batch), torch.ones(batch)
     world = torch.stack((mirror * c, -s * mirror, zero, s, c, zero, zero, zero, one), -1)
     camera = torch.stack((mirror, one, one, one), -1)  # so that a mirrored pose stays a rotation
     poses = world.view(batch, 1, 3, 3) @ poses * camera[:, None, None]
     images = torch.where(mirror.view(-1, 1, 1, 1, 1) < 0, images.flip(-1), images)
     if "recolor" in how:
-        order = torch.rand(batch, 3, generator=gen).argsort(-1)
+        order = u[2:].T.argsort(-1)
         images = images.gather(2, order.view(batch, 1, 3, 1, 1).expand_as(images))
     return images, poses
 
@@ -1261,17 +1450,20 @@ def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE):
 
 def read_csv(path) -> tuple[Tensor, Tensor]:
     """Two columns x, y of a CSV file, with or without a header: (N, 1), (N, 1) in float64."""
-    lines = Path(path).read_text().splitlines()
-    rows = [row for row in csv.reader(lines) if any(c.strip() for c in row)]
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        rows = [row for row in csv.reader(lines) if any(c.strip() for c in row)]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: not a CSV file ({e})") from e
     if rows and not re.match(r"\s*[-+.\d]", rows[0][0]):
         rows = rows[1:]
     for i, row in enumerate(rows, 1):
         try:
-            if len(row) < 2 or not all(math.isfinite(float(c)) for c in row[:2]):
+            if len(row) < 2 or not all(abs(float(c)) < 1e100 for c in row[:2]):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{path}: data row {i} is {','.join(row)!r}; a row is two finite "
-                             "numbers x,y") from None
+            raise ValueError(f"{path}: data row {i} is {','.join(row)[:80]!r}; a row is two "
+                             "finite numbers x,y") from None
     if not rows:
         raise ValueError(f"{path}: no rows; a row is two finite numbers x,y")
     return tuple(torch.tensor([[float(r[i])] for r in rows], dtype=torch.float64) for i in (0, 1))
@@ -1315,7 +1507,7 @@ class CurveData:
             gen = generator(self.cfg.seed, step, 3)
             kernel = self.kernels[step % len(self.kernels)]
             x, y, _, n = self.draw(kernel, self.cfg.batch_size, gen, self.cfg.queries)
-            x, y = x.float(), y.float()
+            x, y = (v[share(len(v))].float() for v in (x, y))
             yield tuple(to_device(v, device) for v in
                         ({"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]))
 
@@ -1406,8 +1598,26 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0, decode=None)
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
+    query, back = without_misses(model.cfg, query)
     parts = [(decode or model.decode)(code, part, z=z) for part in split_query(query, step)]
-    return type(parts[0])(*(None if p[0] is None else torch.cat(p, 1) for p in zip(*parts)))
+    return type(parts[0])(*(None if p[0] is None else torch.cat(p, 1)[:, back]
+                            for p in zip(*parts)))
+
+
+def without_misses(cfg: Config, query: dict):
+    """The query with one of the rays that miss the bounded scene, all alike, instead of all.
+
+    Returns it, and the place in it of every ray of the old one; all of it where nothing is empty.
+    """
+    if "rays_o" not in query or not cfg.radius:
+        return query, slice(None)
+    o, d = query["rays_o"], query["rays_d"]  # (B, R, 3)
+    nearest = torch.linalg.cross(o, d).norm(dim=-1) / d.norm(dim=-1)  # to the origin
+    miss = (nearest > 1.001 * cfg.radius).all(0)  # (R,)
+    keep = ~miss | (miss & (miss.cumsum(0) == 1))
+    back = keep.cumsum(0) - 1
+    back[miss] = back[miss][:1]
+    return {k: v[:, keep] if k in PER_POINT else v for k, v in query.items()}, back
 
 
 PER_POINT = ("coords", "x", "rays_o", "rays_d", "jitter")  # what a query has one row a target of
@@ -1447,6 +1657,9 @@ def read_checkpoint(path) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint; `train` writes one to runs/<task>-<model>/")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing
+            if sum(i.file_size for i in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("compressed")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises whatever the bytes provoke
         raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}); it may be "
@@ -1510,6 +1723,20 @@ def from_official(name: str, args: dict, weights: dict[str, Tensor]) -> tuple[Co
     return cfg, state
 
 
+def check_weights(cfg: Config, state: dict):
+    """Raise ValueError unless `state` holds just the model's weights; takes no memory for it."""
+    with torch.device("meta"):
+        want = {k: tuple(v.shape) for k, v in build(cfg).state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    for name in sorted(want.keys() ^ have.keys()):
+        raise ValueError(f"weight {name} is {'missing' if name in want else 'unknown'}")
+    for name, tensor in state.items():
+        if have[name] != want[name]:
+            raise ValueError(f"weight {name} is {have[name]}, its config asks for {want[name]}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"weight {name} claims more numbers than the file holds")
+
+
 def load(path, device="cpu") -> nn.Module:
     """Model of a checkpoint, ours or an official TransINR or VNP one, in eval mode on `device`.
 
@@ -1522,10 +1749,11 @@ def load(path, device="cpu") -> nn.Module:
             cfg, state = Config(**ckpt["config"]), ckpt["model"]
         else:
             cfg, state = from_official(*(ckpt["model"][k] for k in ("name", "args", "sd")))
+        check_weights(cfg, state)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             model = build(cfg)
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+    except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint of tinyinr, TransINR or VNP ({reason})") from e
     return model.to(device).eval()
@@ -1581,29 +1809,34 @@ def bf16_gain() -> float:
     return bf16 / fp32
 
 
-def choose_device(name: str = "auto", task: str = "image") -> Device:
+def choose_device(name: str = "auto", task: str = "image", precision: str = "auto") -> Device:
     """The device of that name, or the best there is, with the precision that is fastest on it.
 
-    Curves stay in fp32: their likelihood asks for means to a fraction of the noise, 0.02.
+    precision: "fp32" or "bf16" to decide otherwise. Curves stay in fp32 by themselves: their
+    likelihood asks for means to a fraction of the noise, 0.02.
     """
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     check_choice("device", name, ("cpu", "cuda", "mps"))
+    check_choice("precision", precision, ("auto", "fp32", "bf16"))
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device='cuda', but PyTorch finds no GPU here; use cpu or auto")
-        torch.set_float32_matmul_precision("high")
-        bf16 = torch.cuda.is_bf16_supported() and task != "gp"
-        return Device(name, torch.bfloat16 if bf16 else None, True,
-                      "bf16 autocast" if bf16 else "TF32")
-    if name == "mps":
-        return Device(name, None, False, "fp32: autocast does not pay on this device")
-    gain = bf16_gain() if task != "gp" else 0
-    return Device(name, torch.bfloat16 if gain > 1.5 else None, True,
-                  "fp32: a likelihood of narrow bands" if task == "gp" else
-                  f"{'bf16 autocast' if gain > 1.5 else 'fp32'}: bf16 products are {gain:.1f} x as "
-                  "fast")
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    if precision != "auto":
+        bf16, why = precision == "bf16", "as asked for"
+    elif task == "gp":
+        bf16, why = False, "a likelihood of narrow bands"
+    elif name == "mps":
+        bf16, why = False, "autocast does not pay on this device"
+    elif name == "cuda":
+        bf16, why = torch.cuda.is_bf16_supported(), "what this GPU multiplies fastest"
+    else:
+        gain = bf16_gain()
+        bf16, why = gain > 1.5, f"bf16 products are {gain:.1f} x as fast"
+    return Device(name, torch.bfloat16 if bf16 else None, name != "mps",
+                  f"{'bf16 autocast' if bf16 else 'fp32'}: {why}")
 
 
 class Muon(torch.optim.Optimizer):
@@ -1663,6 +1896,17 @@ def schedule(cfg: Config, step: int, progress: float) -> float:
     return warm * max(0.0, min(1.0, (1 - progress) / max(1e-9, 1 - cfg.hold)))
 
 
+class Objective(nn.Module):
+    """`objective` as a module: what DistributedDataParallel needs to hook its backward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args):
+        return objective(self.model, *args)
+
+
 class Run:
     """One training run: model, optimisers, step and time, all of it in `ckpt.pt`."""
 
@@ -1670,109 +1914,158 @@ class Run:
         self.cfg, self.device, self.step, self.elapsed = cfg, device, 0, 0.0
         torch.manual_seed(cfg.seed)
         self.model = build(cfg).to(device.name)
-        self.optimizers = optimizers(self.model, cfg, device)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
-            for optimizer, state in zip(self.optimizers, ckpt["optimizers"]):
-                optimizer.load_state_dict(state)
             self.step, self.elapsed = ckpt["step"], ckpt["elapsed"]
+        self.optimizers = optimizers(self.model, cfg, device)
+        for optimizer, state in zip(self.optimizers, ckpt["optimizers"] if ckpt else ()):
+            optimizer.load_state_dict(state)
+        self.objective = Objective(self.model)
+        if dist.is_initialized():
+            self.objective = DistributedDataParallel(self.objective)
         # The first step whose loss was not finite: looked at only to log or to save.
         self.bad = torch.full((), math.inf, device=device.name)
 
     def update(self, batch, progress: float) -> tuple[Tensor, Tensor]:
         """One optimisation step; loss and mean squared error stay on the device."""
-        cfg, model = self.cfg, self.model
+        cfg = self.cfg
         factor = schedule(cfg, self.step, progress)
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * factor
         eps, beta = None, 0.0
         if cfg.model == "vnp":
-            shape = (cfg.blocks, len(batch[2]), 1, cfg.latent)
+            shape = (cfg.batch_size, cfg.blocks, 1, cfg.latent)
             eps = torch.randn(shape, generator=generator(cfg.seed, self.step, 5))
-            eps = eps.to(self.device.name)
+            eps = eps[share(cfg.batch_size)].to(self.device.name)  # (B, L, 1, Z)
             beta = cfg.beta * min(1.0, progress / max(1e-9, cfg.beta_warmup))
-        with self.device.autocast(), self.device.attention(cfg.tokens):
-            loss, mse = objective(model, batch, eps, beta)
-        loss.backward()
+        sums = self.gradients(batch, eps, beta)
         if cfg.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        self.bad = torch.where(loss.detach().isfinite(), self.bad, self.bad.clamp(max=self.step))
+            nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
+        self.bad = torch.where(sums[0].isfinite(), self.bad, self.bad.clamp(max=self.step))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        return loss.detach(), mse.detach()
+        return sums[0], sums[1]
+
+    def gradients(self, batch, eps, beta) -> Tensor:
+        """Gradients of the mean loss, piece by piece; returns loss and mean squared error (2,)."""
+        pieces, sums = self.cfg.accumulate, 0
+        for i in range(pieces):
+            piece = [part_of(v, i, pieces) for v in batch]
+            noise = None if eps is None else part_of(eps, i, pieces).transpose(0, 1)
+            alone = dist.is_initialized() and i < pieces - 1  # the last piece exchanges gradients
+            with self.objective.no_sync() if alone else contextlib.nullcontext():
+                with self.device.autocast(), self.device.attention(self.cfg.tokens):
+                    loss, mse = self.objective(piece, noise, beta)
+                (loss / pieces).backward()
+            sums = sums + torch.stack((loss, mse)).detach() / pieces
+        return sums
 
     def check(self):
-        """Raise RunFailed if a loss was not finite since the run began."""
-        if self.bad.isfinite():
-            raise RunFailed(f"the loss of step {int(self.bad)} is not finite; the last good "
+        """Raise RunFailed if a loss was not finite since the run began, in any process."""
+        bad = -agreed(-float(self.bad))[0]
+        if math.isfinite(bad):
+            raise RunFailed(f"the loss of step {bad:.0f} is not finite; the last good "
                             "checkpoint is kept: start again with a lower --lr")
 
     def save(self, path):
-        """Write the checkpoint beside its place, then rename it."""
+        """Write the checkpoint beside its place, then rename it; the first process only.
+
+        The same run gives the same bytes: the time is kept only where it is the run's length.
+        """
         self.check()
+        if world()[0]:
+            return
         state = {"format": 1, "config": asdict(self.cfg), "model": self.model.state_dict(),
                  "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": self.step, "elapsed": self.elapsed}
+                 "step": self.step, "elapsed": self.elapsed if self.cfg.minutes else 0.0}
         buffer = io.BytesIO()  # so that a full disk is an OSError of ours and not torch's
         torch.save(state, buffer)
         with atomic(path) as part:
             part.write_bytes(buffer.getbuffer())
 
 
+def part_of(x, i: int, pieces: int):
+    """The i-th of so many pieces of a batch, or of a dict of them; what all share stays whole."""
+    if isinstance(x, dict):
+        return {k: part_of(v, i, pieces) for k, v in x.items()}
+    n = len(x) // pieces
+    return x if pieces == 1 or len(x) == 1 else x[i * n : (i + 1) * n]
+
+
 class RunFailed(Exception):
     """A run that cannot go on."""
+
+
+@contextlib.contextmanager
+def alone_in(out: Path):
+    """Keep other runs out of a folder, but on Windows; a killed run's hold on it ends with it."""
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run writes to this folder; choose another --out, or "
+                         "wait for its end") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def train_run(run: Run, data, out: Path, steps: int, minutes: float):
     """Train until `steps` or `minutes` are over; log to out/log.jsonl, save to out/ckpt.pt.
 
-    Returns the name of the signal that ended the run early, or None.
+    Returns the name of the signal that ended the run early, or None. The processes of a run agree
+    before every step on the time, and on what to do next.
     """
-    cfg, name, ended = run.cfg, run.device.name, []
-    handlers = {s: signal.signal(s, lambda s, _: ended.append(signal.Signals(s).name))
+    cfg, ended = run.cfg, [0]
+    handlers = {s: signal.signal(s, lambda s, _: ended.append(s))
                 for s in (signal.SIGINT, signal.SIGTERM)}
     start = time.monotonic() - run.elapsed
     logged, saved, first, sums = start + run.elapsed, time.monotonic(), run.step, None
     try:
-        batches = data.batches(name, run.step)
-        while not ended:
-            run.elapsed = time.monotonic() - start
-            progress = run.step / steps if steps else run.elapsed / (60 * minutes)
-            if progress >= 1:
-                break
-            loss, mse = run.update(next(batches), progress)
-            sums = torch.stack((loss, mse)) + (0 if sums is None else sums)
+        batches = data.batches(run.device.name, run.step)
+        while True:
             now = time.monotonic()
-            if now - logged > 5:
+            run.elapsed, log, save, stop = agreed(
+                now - start, now - logged > 5, now - saved > cfg.save_every, ended[-1])
+            progress = run.step / steps if steps else run.elapsed / (60 * minutes)
+            over = stop or progress >= 1
+            if sums is not None and (log or over):
                 run.check()
                 log_step(run, out, sums, now - logged, run.step - first, progress)
                 logged, first, sums = now, run.step, None
-            if now - saved > cfg.save_every:
+            if save or over:
                 run.save(out / "ckpt.pt")
                 saved = now
-        run.elapsed = time.monotonic() - start
-        run.check()
-        if sums is not None:
-            log_step(run, out, sums, time.monotonic() - logged, run.step - first, progress)
-        run.save(out / "ckpt.pt")
+            if over:
+                return signal.Signals(int(stop)).name if stop else None
+            loss, mse = run.update(next(batches), progress)
+            sums = torch.stack((loss, mse)) + (0 if sums is None else sums)
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
-    return ended[0] if ended else None
 
 
 def log_step(run: Run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float):
-    """One line on the screen and one in log.jsonl, of the means over `steps` steps."""
-    loss, mse = (sums / steps).tolist()
+    """One line on the screen and one in log.jsonl, of the means over steps and processes."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, mse = (sums / steps / world()[1]).tolist()
     eta = run.elapsed * max(0.0, 1 - progress) / max(progress, 1e-9)
     row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
            "signals_per_s": run.cfg.batch_size * steps / seconds, "elapsed": run.elapsed,
            "eta": eta}
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    if not world()[0]:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
     bar = "=" * int(20 * min(1.0, progress))
     click.echo(f"[{bar:20}] step {run.step}  loss {loss:.4f}  psnr {row['psnr']:.2f} dB  "
                f"lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
@@ -1824,8 +2117,8 @@ def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict
 
     Returns {label: {"psnr", "psnr_unclamped", ..., "pictures"}} with the label "all" last.
     """
-    rows = {}
-    for context, query, target, label in data.tests(device.name):
+    parts, rows = [], {}
+    for i, (context, query, target, label) in dealt(data.tests(device.name)):
         code = model.encode(context)
         if tto:
             code = optimise(model, code, context, tto)
@@ -1839,9 +2132,11 @@ def evaluate(model, data, device: Device, tto: int = 0, mean_image=None) -> dict
             scores["white"] = psnr(torch.ones_like(target), target)
             scores["mean_image"] = psnr(mean_image.to(target), target)
             scores["context_view"] = psnr(view.expand_as(target), target)
+        parts.append((i, label, {name: value.flatten().cpu() for name, value in scores.items()}))
+    for _, label, scores in gathered(parts):
         for name, value in scores.items():
             for key in (label, "all")[: 1 if name == "nearest" else 2]:
-                rows.setdefault(key, {}).setdefault(name, []).append(value.flatten())
+                rows.setdefault(key, {}).setdefault(name, []).append(value)
     rows["all"] = rows.pop("all")
     out = {}
     for key, row in rows.items():
@@ -1895,8 +2190,8 @@ def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
     ceiling; fitted_gp: an RBF kernel fitted to each context. coverage: part of the targets in the
     central 95 % interval.
     """
-    rows = {}
-    for i, (x, y, true, n, label) in enumerate(data.tests(device.name)):
+    parts, rows = [], {}
+    for i, (x, y, true, n, label) in dealt(data.tests(device.name)):
         xf, yf = x.float().to(device.name), y.float().to(device.name)
         context = {"x": xf[:, :n], "y": yf[:, :n]}
         prediction = sample_curves(model, context, xf, samples, generator(i, 7))
@@ -1911,8 +2206,10 @@ def evaluate_curves(model, data, device: Device, samples: int = 50) -> dict:
             scores["gp"] = exact_ll(true[0], *seen, x[:, n:], y[:, n:], true[1])
         noises = (NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
         scores["fitted_gp"] = exact_ll("rbf", *seen, x[:, n:], y[:, n:], *fit_gp(*seen, noises))
+        parts.append((i, label, {name: value.cpu() for name, value in scores.items()}))
+    for _, label, scores in gathered(parts):
         for name, value in scores.items():
-            rows.setdefault(label, {}).setdefault(name, []).append(value.cpu())
+            rows.setdefault(label, {}).setdefault(name, []).append(value)
     return {label: {name: float(torch.stack(v).mean()) for name, v in row.items()}
             | {"sets": len(row["target_ll"])} for label, row in rows.items()}
 
@@ -2037,7 +2334,7 @@ def read_context(model, path) -> dict:
     size = model.cfg.image_size
     try:
         pixels = decode_image(Path(path).read_bytes(), size, size // model.cfg.patch)
-    except BROKEN as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not a picture that can be read ({e})") from e
     return {"image": torch.from_numpy(pixels).permute(2, 0, 1)[None].to(model.freqs) / 255}
 
@@ -2239,17 +2536,19 @@ def report(scores: dict):
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
 @click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
-@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--batch-size", type=click.IntRange(1), help="Signals a step, of all processes.")
+@click.option("--accumulate", type=click.IntRange(1), help="Pieces a batch is worked off in.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--seed", type=int)
 @click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--context", type=float, nargs=2, help="image: range of the part of pixels seen.")
 @click.option("--set", "extra", multiple=True, metavar="NAME=VALUE", help="Any field of Config.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--precision", default="auto", show_default=True, help="fp32, bf16 or auto.")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--smoke", is_flag=True, help="A few steps on a few signals, to see that all works.")
-def train(task, model, preset, data, extra, device, out, resume, smoke, **options):
+def train(task, model, preset, data, extra, device, precision, out, resume, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     if options["steps"] and options["minutes"]:
         raise ValueError("--steps and --minutes exclude each other; give one")
@@ -2262,30 +2561,65 @@ def train(task, model, preset, data, extra, device, out, resume, smoke, **option
         given = {"steps": 3, "minutes": 0.0, "batch_size": 2} | given
     cfg = make_config(preset, task, model, **given)
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
-    ckpt = None
+    device = choose_device(device, cfg.task, precision)
+    with processes(device.name), contextlib.ExitStack() as stack:
+        parts = world()[1] * cfg.accumulate
+        if cfg.batch_size % parts:
+            raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of processes x "
+                             f"accumulate = {parts}; try {-(-cfg.batch_size // parts) * parts}")
+        ckpt = None
+        if not world()[0]:
+            ckpt = open_run(cfg, out, resume)
+            stack.enter_context(alone_in(out))
+        ckpt = told(ckpt)
+        limit = 4 if smoke else 0
+        sets = [DATASETS[cfg.task](cfg, data, split, limit) for split in ("train", "test")]
+        run = Run(cfg, device, ckpt)
+        if not world()[0]:
+            tidy(out, run.step)
+        banner(run.model, cfg, device)
+        train_and_score(run, *sets, out)
+
+
+def open_run(cfg: Config, out: Path, resume: bool) -> dict | None:
+    """Make the folder of a run; returns the checkpoint to go on from, if it shall be resumed."""
+    ckpt, free = None, dict(steps=0, minutes=0.0, accumulate=1)  # what may change on the way
     if (out / "ckpt.pt").exists():
         ckpt = read_checkpoint(out / "ckpt.pt")
-        old = Config(**ckpt["config"])
-        if replace(cfg, steps=0, minutes=0.0) != replace(old, steps=0, minutes=0.0):
+        if replace(cfg, **free) != replace(Config(**ckpt["config"]), **free):
             raise ValueError(f"{out} holds a run of another configuration; choose another --out")
     if resume and "optimizers" not in (ckpt or {}):
         raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
     out.mkdir(parents=True, exist_ok=True)
-    device = choose_device(device, cfg.task)
-    limit = 4 if smoke else 0
-    train_set = DATASETS[cfg.task](cfg, data, "train", limit)
-    test_set = DATASETS[cfg.task](cfg, data, "test", limit)
-    run = Run(cfg, device, ckpt if resume else None)
-    if not resume:
-        (out / "log.jsonl").unlink(missing_ok=True)
-    banner(run.model, cfg, device)
+    return ckpt if resume else None
+
+
+def tidy(out: Path, step: int):
+    """Remove what a killed run left half-written, and log lines after the step to go on from."""
+    for part in out.glob(".*.part"):
+        part.unlink()
+    log = out / "log.jsonl"
+    if log.exists():
+        rows = log.read_text().splitlines(keepends=True)
+        keep = [r for r in rows if r.endswith("}\n") and json.loads(r)["step"] <= step]
+        with atomic(log) as part:
+            part.write_text("".join(keep))
+
+
+def train_and_score(run: Run, train_set, test_set, out: Path):
+    """Train to the end, draw samples.png and print the held-out scores."""
+    cfg = run.cfg
     steps = cfg.steps or (0 if cfg.minutes else -(-cfg.epochs * len(train_set) // cfg.batch_size))
     ended = train_run(run, train_set, out, steps, cfg.minutes)
     if ended:
-        return click.echo(f"{ended}: saved step {run.step}; the same command and --resume goes on")
+        again = [a for a in sys.argv if a != "--resume"] + ["--resume"]
+        return click.echo(f"{ended}: saved step {run.step}; go on with\n  python "
+                          + shlex.join(again))
     run.model.eval()
-    save_picture(samples_sheet(run.model, test_set, device), out / "samples.png")
-    scores = score(run.model, test_set, device, train_set)
+    if not world()[0]:
+        samples = samples_sheet(run.model, test_set, run.device)
+        save_picture(samples, out / "samples.png")
+    scores = score(run.model, test_set, run.device, train_set)
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; held-out:")
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png")

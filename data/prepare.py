@@ -474,10 +474,11 @@ def pretrained(run):
     with tinyinr.atomic(path) as part:
         torch.save({k: ckpt[k] for k in ("format", "config", "step", "elapsed")}
                    | {"model": half}, part)
-    usual = tinyinr.make_config(cfg.preset, cfg.task, cfg.model).minutes
     known, test = (tinyinr.DATASETS[cfg.task](cfg, None, split) for split in ("train", "test"))
+    usual = tinyinr.make_config(cfg.preset, cfg.task, cfg.model).minutes
     record = {
         "command": f"python tinyinr.py train --task {cfg.task} --model {cfg.model}"
+                   + f" --preset {cfg.preset}" * (cfg.preset != "small")
                    + f" --minutes {cfg.minutes:g}" * (cfg.minutes != usual),
         "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": cfg.seed,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""), "cores": torch.get_num_threads(),
