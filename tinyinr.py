@@ -2612,9 +2612,9 @@ def train_and_score(run: Run, train_set, test_set, out: Path):
     steps = cfg.steps or (0 if cfg.minutes else -(-cfg.epochs * len(train_set) // cfg.batch_size))
     ended = train_run(run, train_set, out, steps, cfg.minutes)
     if ended:
-        again = [a for a in sys.argv if a != "--resume"] + ["--resume"]
-        return click.echo(f"{ended}: saved step {run.step}; go on with\n  python "
-                          + shlex.join(again))
+        again = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
+        by = f"torchrun --nproc-per-node={neighbours()}" if dist.is_initialized() else "python"
+        return click.echo(f"{ended}: saved step {run.step}; go on with\n  {by} {again}")
     run.model.eval()
     if not world()[0]:
         samples = samples_sheet(run.model, test_set, run.device)
