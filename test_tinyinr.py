@@ -5,6 +5,7 @@ python test_tinyinr.py --thorough -k thoroughly  # kill loop, fuzzing and long r
 """
 
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -1909,6 +1910,20 @@ def test_bench_prints_and_writes_a_row_for_every_cell(tmp_path, monkeypatch):
     assert [r["cell"] for r in written["cells"]] == ["transinr 3", "vnp 3"]
     assert written["peaks"]["float32"] == 2 * 2048**3 / 1e-3
     assert "17.18 TFLOP/s in float32" in out and "vnp 3" in out and "50%" in out
+
+
+def test_cost_curves_end_where_memory_does_and_are_drawn_in_place(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "data")
+    costs = importlib.import_module("costs")
+    with ThreadPoolExecutor(1) as pool:
+        law = lambda axis, model, n: (1e-3 * n, 1e3 * n**2)  # 16 times the memory a step
+        monkeypatch.setattr(costs, "measure", law)
+        points = costs.line("views encoded", "vnp", pool)
+    assert [n for n, *_ in points] == [4**i for i in range(7)]  # 4,096 takes 16.8 GB
+    picture = costs.panel("views", {"vnp": [(1, 1e-3, 1e9), (1000, 1.0, 1e9)]})
+    left, bottom = (40, picture.size[1] - 24)
+    assert picture.getpixel((left + 1, bottom - 1)) == costs.COLORS["vnp"]
+    assert picture.getpixel((picture.size[0] - 11, 25)) == costs.COLORS["vnp"]
 
 
 # ------------------------------------------------------------------------- pretrained models

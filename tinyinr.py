@@ -2665,13 +2665,14 @@ def write_json(path, value):
 def evaluate_command(ckpt, data, split, tto, size, views, device, json_file):
     """Score a checkpoint on held-out signals."""
     device = choose_device(device)
-    model = load(ckpt, device.name)
-    model.cfg = replace(model.cfg, views=views or model.cfg.views)
-    signals = DATASETS[model.cfg.task](model.cfg, data, split, size or 0)
-    known = SceneData(model.cfg, data) if model.cfg.task == "nvs" else None
-    scores = score(model, signals, device, known, tto)
-    report(scores)
-    write_json(json_file, scores)
+    with processes(device.name):
+        model = load(ckpt, device.name)
+        model.cfg = replace(model.cfg, views=views or model.cfg.views)
+        signals = DATASETS[model.cfg.task](model.cfg, data, split, size or 0)
+        known = SceneData(model.cfg, data) if model.cfg.task == "nvs" else None
+        scores = score(model, signals, device, known, tto)
+        report(scores)
+        write_json(json_file if not world()[0] else None, scores)
 
 
 @cli.command()

@@ -29,7 +29,7 @@ AXES = {  # what grows: (task, whether it is encoded or decoded, the first point
     "views encoded": ("nvs", "encode", 1),
     "points encoded": ("gp", "encode", 4),
 }
-COLORS = {"transinr": "#c2410c", "vnp": "#1d4ed8"}
+COLORS = {"transinr": (194, 65, 12), "vnp": (29, 78, 216)}
 MOST_BYTES, MOST_SECONDS = 20e9, 60.0
 
 
@@ -67,11 +67,11 @@ def measure(axis, model, n):
     cfg = tinyinr.make_config("small", task, model, **size)
     net = tinyinr.build(cfg).eval()
     context, query = inputs(cfg, axis, n)
-    if what == "encode":
-        work = lambda: net.encode(context)
-    else:
-        code = net.encode(context)
-        work = lambda: tinyinr.predict(net, code, query)
+    code = net.encode(context) if what == "decode" else None
+
+    def work():
+        return tinyinr.predict(net, code, query) if code else net.encode(context)
+
     seconds = tinyinr.median_seconds(work, "cpu", 1.0)
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
