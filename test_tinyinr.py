@@ -1595,6 +1595,24 @@ def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(change, words, t
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(optimizers=[{"state": 1, "param_groups": []}]), "cannot be resumed"),
+    (dict(optimizers=7), "cannot be resumed"),
+    (dict(model={"wtokens": torch.zeros(3)}), "cannot be resumed"),
+    (dict(step="x"), "cannot be resumed"),
+    (dict(config={"dim": 1, "unknown": 2}), "not of a run of this program"),
+    (dict(config=[1]), "not of a run of this program"),
+])
+def test_a_run_from_a_damaged_checkpoint_is_refused_in_one_line(change, words, trained, tmp_path):
+    ckpt = torch.load(trained[1] / "ckpt.pt", weights_only=True) | change
+    (tmp_path / "run").mkdir()
+    torch.save(ckpt, tmp_path / "run" / "ckpt.pt")
+    with torch.enable_grad():
+        output = run(*TRAIN, "--data", trained[0], "--steps", 9, "--out", tmp_path / "run",
+                     "--resume", code=2)
+    assert words in output and output.count("Error: ") == 1
+
+
 def test_a_compressed_checkpoint_is_refused(tmp_path):
     """torch.save compresses nothing; a bomb is what does."""
     torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "good.pt")

@@ -1916,7 +1916,7 @@ class Run:
         self.model = build(cfg).to(device.name)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
-            self.step, self.elapsed = ckpt["step"], ckpt["elapsed"]
+            self.step, self.elapsed = int(ckpt["step"]), float(ckpt["elapsed"])
         self.optimizers = optimizers(self.model, cfg, device)
         for optimizer, state in zip(self.optimizers, ckpt["optimizers"] if ckpt else ()):
             optimizer.load_state_dict(state)
@@ -2574,7 +2574,11 @@ def train(task, model, preset, data, extra, device, precision, out, resume, smok
         ckpt = told(ckpt)
         limit = 4 if smoke else 0
         sets = [DATASETS[cfg.task](cfg, data, split, limit) for split in ("train", "test")]
-        run = Run(cfg, device, ckpt)
+        try:
+            run = Run(cfg, device, ckpt)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{out}: the run cannot be resumed ({reason}); train anew") from e
         if not world()[0]:
             tidy(out, run.step)
         banner(run.model, cfg, device)
@@ -2586,7 +2590,12 @@ def open_run(cfg: Config, out: Path, resume: bool) -> dict | None:
     ckpt, free = None, dict(steps=0, minutes=0.0, accumulate=1)  # what may change on the way
     if (out / "ckpt.pt").exists():
         ckpt = read_checkpoint(out / "ckpt.pt")
-        if replace(cfg, **free) != replace(Config(**ckpt["config"]), **free):
+        try:
+            old = Config(**ckpt["config"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{out}/ckpt.pt: not of a run of this program ({e}); choose another "
+                             "--out") from e
+        if replace(cfg, **free) != replace(old, **free):
             raise ValueError(f"{out} holds a run of another configuration; choose another --out")
     if resume and "optimizers" not in (ckpt or {}):
         raise ValueError(f"{out}/ckpt.pt: nothing to resume; train without --resume first")
