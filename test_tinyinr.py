@@ -39,6 +39,7 @@ import export
 import tinyinr
 from tinyinr import Config, build, make_config
 
+torch.set_num_threads(1)  # what is tested is small; the other core exports meanwhile
 ROOT = Path(__file__).parent
 PARITY = ROOT / "data" / "parity"
 CELLS = [(task, model) for task in tinyinr.COORD_DIM for model in tinyinr.MODELS]
@@ -1412,13 +1413,13 @@ def test_bf16_learns_as_fp32_does(task, name, tmp_path):
     for precision in ("fp32", "bf16"):
         training = tinyinr.Run(cfg, tinyinr.choose_device("cpu", task, precision))
         with torch.enable_grad():
-            curve = [float(training.update(batch, i / 100)[1]) for i, batch in
-                     zip(range(100), data[task]().batches("cpu"))]
+            curve = [float(training.update(batch, i / 60)[1]) for i, batch in
+                     zip(range(60), data[task]().batches("cpu"))]
         errors[precision] = np.log(curve)
-    gap = np.abs(errors["fp32"] - errors["bf16"]).reshape(10, 10).mean(1)
+    gap = np.abs(errors["fp32"] - errors["bf16"]).reshape(6, 10).mean(1)
     noise = np.std(np.diff(errors["fp32"])) / math.sqrt(2)
     if task != "gp":  # where a curve is hard or easy by chance
-        assert errors["fp32"][-20:].mean() < errors["fp32"][:5].mean() - 0.2
+        assert errors["fp32"][-10:].mean() < errors["fp32"][:5].mean() - 0.2
     assert gap[-1] < max(0.1, noise), (gap, noise)
 
 
@@ -2017,12 +2018,23 @@ def export_one(folder, name):
     return name, run_export(source, "-o", folder / name, *options)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A folder with EXPORTS, and what each of them printed; two processes at a time."""
+@pytest.fixture(scope="session", autouse=True)
+def exporting(request, tmp_path_factory):
+    """Exports take a minute: a second process does them beside the tests that come before."""
+    if not any("exported" in item.fixturenames for item in request.session.items):
+        yield
+        return
     folder = tmp_path_factory.mktemp("onnx")
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return folder, dict(pool.map(export_one, [folder] * len(EXPORTS), EXPORTS))
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield folder, pool.map(export_one, [folder] * len(EXPORTS), EXPORTS)
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def exported(exporting):
+    """A folder with EXPORTS, and what each of them printed."""
+    folder, outputs = exporting
+    return folder, dict(outputs)
 
 
 def exported_model(folder, name):

@@ -1021,7 +1021,7 @@ class Tree:
         elif zipfile.is_zipfile(self.path):
             try:
                 self.zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, ValueError, struct.error) as e:
+            except (zipfile.BadZipFile, ValueError, RuntimeError, struct.error) as e:
                 raise ValueError(f"{path}: a broken zip ({e}); copy it again") from e
             self.names = sorted(n for n in self.zip.namelist() if not n.endswith("/"))
         else:

@@ -468,7 +468,8 @@ def pretrained(run):
 
     ckpt = tinyinr.read_checkpoint(run / "ckpt.pt")
     cfg, device = tinyinr.Config(**ckpt["config"]), tinyinr.choose_device("cpu")
-    path = DATA / "pretrained" / f"{cfg.task}-{cfg.model}.pt"
+    name = f"{cfg.task}-{cfg.model}" if cfg.preset == "small" else cfg.preset
+    path = DATA / "pretrained" / f"{name}.pt"
     path.parent.mkdir(exist_ok=True)
     half = {name: value.half() for name, value in ckpt["model"].items()}
     with tinyinr.atomic(path) as part:
