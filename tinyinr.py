@@ -244,7 +244,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100,
             decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
-            convs=5, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
+            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
             inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16, queries=24,
             lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
