@@ -1922,7 +1922,7 @@ class Run:
             optimizer.load_state_dict(state)
         self.objective = Objective(self.model)
         if dist.is_initialized():
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
         # The first step whose loss was not finite: looked at only to log or to save.
         self.bad = torch.full((), math.inf, device=device.name)
 
