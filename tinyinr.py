@@ -2572,7 +2572,7 @@ def train(task, model, preset, data, extra, device, precision, out, resume, smok
             ckpt = open_run(cfg, out, resume)
             stack.enter_context(alone_in(out))
         ckpt = told(ckpt)
-        limit = 4 if smoke else 0
+        limit = 2 if smoke else 0
         sets = [DATASETS[cfg.task](cfg, data, split, limit) for split in ("train", "test")]
         try:
             run = Run(cfg, device, ckpt)
