@@ -21,6 +21,7 @@ camera-to-world (3, 4): x right, y up, the camera looks along -z (OpenGL); focal
 import contextlib
 import csv
 import functools
+import gc
 import io
 import itertools
 import json
@@ -954,7 +955,9 @@ def processes(device: str, patience: float = 600.0):
                 null = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(null))
             yield
+        dist.barrier()  # none leaves while another still asks for it
     finally:
+        gc.collect()  # what outlives the group, as DistributedDataParallel, aborts at the exit
         dist.destroy_process_group()
 
 
@@ -1922,7 +1925,7 @@ class Run:
             optimizer.load_state_dict(state)
         self.objective = Objective(self.model)
         if dist.is_initialized():
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
+            self.objective = DistributedDataParallel(self.objective)
         # The first step whose loss was not finite: looked at only to log or to save.
         self.bad = torch.full((), math.inf, device=device.name)
 
@@ -2562,17 +2565,21 @@ def train(task, model, preset, data, extra, device, precision, out, resume, smok
     cfg = make_config(preset, task, model, **given)
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
     device = choose_device(device, cfg.task, precision)
-    with processes(device.name), contextlib.ExitStack() as stack:
-        parts = world()[1] * cfg.accumulate
-        if cfg.batch_size % parts:
-            raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of processes x "
-                             f"accumulate = {parts}; try {-(-cfg.batch_size // parts) * parts}")
-        ckpt = None
+    with processes(device.name):
+        start_run(cfg, device, data, out, resume, 2 if smoke else 0)
+
+
+def start_run(cfg: Config, device: Device, data, out: Path, resume: bool, limit: int):
+    """One process's part of a run in the folder `out`; limit: so many signals, 0: all."""
+    parts, ckpt = world()[1] * cfg.accumulate, None
+    if cfg.batch_size % parts:
+        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of processes x "
+                         f"accumulate = {parts}; try {-(-cfg.batch_size // parts) * parts}")
+    with contextlib.ExitStack() as stack:
         if not world()[0]:
             ckpt = open_run(cfg, out, resume)
             stack.enter_context(alone_in(out))
         ckpt = told(ckpt)
-        limit = 2 if smoke else 0
         sets = [DATASETS[cfg.task](cfg, data, split, limit) for split in ("train", "test")]
         try:
             run = Run(cfg, device, ckpt)
