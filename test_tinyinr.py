@@ -1883,8 +1883,8 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             elif "transinr-celeba" not in args:
                 extra = {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
                 run(*args, *extra)
-    by_torchrun = re.findall(r"^torchrun .*=(\d+) tinyinr.py (.*)$", (ROOT / "README.md").read_text(),
-                             re.M)
+    page = (ROOT / "README.md").read_text()
+    by_torchrun = re.findall(r"^torchrun .*=(\d+) tinyinr.py (.*)$", page, re.M)
     assert [int(n) for n, _ in by_torchrun] == [2, 8]
     finish(start(*shlex.split(by_torchrun[0][1]), "--smoke", processes=2))
     assert Path("runs/two/ckpt.pt").exists()
