@@ -70,7 +70,7 @@ def tiny(task, model, **given) -> torch.nn.Module:
         "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
         "gp": dict(grid=48, freq_top=16.0),
     }[task]
-    shape["local"] = model == "vnp" and task != "nvs"
+    shape |= dict(local=(task, model) != ("nvs", "vnp"), lattice=3)
     return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
 
 
@@ -310,17 +310,39 @@ def test_patches_equal_a_strided_convolution():
     torch.testing.assert_close(tokenizer(image), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["image", "gp"])
+@pytest.mark.parametrize("task", tinyinr.COORD_DIM)
 def test_the_tokens_around_a_target_interpolate_linearly(task):
-    places = tiny(task, "vnp").places
+    line, axes = tiny(task, "transinr").line, tinyinr.COORD_DIM[task]
+    places = torch.cartesian_prod(*[line] * axes).view(-1, axes)
     reach = places.max()
-    points = reach * (2 * rand(2, 50, places.shape[1]) - 1)
-    weights = tinyinr.around(points, places)
+    points = reach * (2 * rand(2, 50, axes) - 1)
+    weights = tinyinr.around(points, line)
     assert weights.shape == (2, 50, len(places)) and (weights >= 0).all()
     torch.testing.assert_close(weights @ places, points, atol=1e-5, rtol=0)
-    torch.testing.assert_close(tinyinr.around(places[None], places)[0], torch.eye(len(places)))
-    assert tinyinr.around(points + 3 * reach, places).abs().max() == 0
-    assert ((weights > 0).sum(-1) <= 2 ** places.shape[1]).all()
+    torch.testing.assert_close(tinyinr.around(places[None], line)[0], torch.eye(len(places)))
+    assert tinyinr.around(points + 3 * reach, line).abs().max() == 0
+    assert ((weights > 0).sum(-1) <= 2**axes).all()
+
+
+def test_a_place_in_space_starts_from_what_the_views_show_there():
+    """With tokens that hold their own row and column, a place on a pixel's ray reads that pixel's."""
+    lattice = tiny("nvs", "transinr").lattice
+    context, _ = signals("nvs")
+    context["focals"] = torch.tensor([20.0, 26.0]).expand(3, 2, 2)
+    o, d = tinyinr.camera_rays(context["poses"], context["focals"], 16, 16)
+    tokens = torch.zeros(3, 2, 16, 32)
+    tokens[..., :2] = tinyinr.pixel_grid(4, 4)
+    torch.nn.init.zeros_(lattice.camera.weight), torch.nn.init.zeros_(lattice.camera.bias)
+    for b, v, row, column, depth in ((0, 0, 3, 9, 3.0), (1, 1, 12, 5, 4.5), (2, 0, 8, 2, 4.0)):
+        lattice.places[5] = o[b, v, row, column] + depth * d[b, v, row, column]
+        only = {k: t[b : b + 1, v : v + 1] for k, t in context.items()}
+        read = (lattice(tokens[b, v][None], only) - lattice.pos)[0, 5, :2]
+        want = tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column]
+        torch.testing.assert_close(read, want, atol=1e-5, rtol=0)
+    one, two = (lattice(tokens.flatten(1, 2)[:, i], {k: v[:, j] for k, v in context.items()})
+                for i, j in ((slice(16), slice(1)), (slice(16, 32), slice(1, 2))))
+    both = lattice(tokens.flatten(1, 2), context)
+    torch.testing.assert_close(both, (one + two) / 2, atol=1e-6, rtol=0)  # the mean over views
 
 
 def test_the_places_of_tokens_are_where_they_look():
@@ -330,7 +352,7 @@ def test_the_places_of_tokens_are_where_they_look():
     still = tokenizer.conv2(torch.zeros(1, width, cfg.grid))
     for i in (0, 3, 11):
         impulse = torch.zeros(1, width, cfg.grid)
-        impulse[..., (tokenizer.points - model.places[i]).abs().argmin()] = 1.0
+        impulse[..., (tokenizer.points - model.line[i]).abs().argmin()] = 1.0
         moved = (tokenizer.conv2(impulse) - still).abs().amax(1)[0]
         assert moved.nonzero().flatten().tolist() == [i]
     with pytest.raises(ValueError, match="local=True.*leave it out"):
@@ -424,15 +446,32 @@ def test_positional_encoding_order():
     torch.testing.assert_close(tinyinr.positional_encoding(x, w), want)
 
 
-def test_batched_inr_equals_linear_layers_signal_by_signal():
-    model, (context, query) = tiny("image", "transinr"), signals("image")
+@pytest.mark.parametrize("local", [False, True])
+def test_batched_inr_equals_linear_layers_signal_by_signal(local):
+    model, (context, query) = tiny("image", "transinr", local=local), signals("image")
     code = model.encode(context)
-    out = tinyinr.inr(code, query["coords"], model.freqs)
+    out = tinyinr.inr(code, query["coords"], model.freqs, model.line)
     for b in range(3):
         h = tinyinr.positional_encoding(query["coords"][b], model.freqs)
+        if local:
+            h = torch.cat((h, tinyinr.around(query["coords"][[b]], model.line)[0]), -1)
         for i, wb in enumerate(code.values()):
             h = torch.nn.functional.linear(h.relu() if i else h, wb[b, :-1].T, wb[b, -1])
         torch.testing.assert_close(out[b], h + 0.5, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", tinyinr.COORD_DIM)
+def test_rows_of_places_come_from_the_tokens_there(task):
+    """At the start of training, when blocks are the identity, a token changes its own row only."""
+    model, (context, _) = tiny(task, "transinr", identity_init=True), signals(task)
+    model.transformer = torch.nn.Identity()
+    code = model.encode(context)
+    data = model.tokenizer(context)
+    tokens = data if task != "nvs" else model.lattice(data, context)
+    wb = next(iter(code.values()))
+    assert wb.shape[1] == 2 * tinyinr.COORD_DIM[task] * 6 + tokens.shape[1] + 1
+    rows = wb[:, -1 - tokens.shape[1] : -1]
+    torch.testing.assert_close(rows, model.rows(tokens), atol=1e-6, rtol=0)
 
 
 def test_inr_says_which_frequencies_it_lacks():
@@ -836,6 +875,15 @@ def write_scene(folder, count=4, size=16, angle=0.6, **change):
     return folder
 
 
+def balls(folder, train, test="", angles=(0.6,)):
+    """A data set of such scenes with one letter each, split by its file."""
+    for i, name in enumerate(sorted({*train, *test})):
+        write_scene(folder / "balls" / name, angle=angles[i % len(angles)])
+    split = {"train": list(train), "test": list(test)}
+    (folder / "ball_splits.json").write_text(json.dumps(split))
+    return folder
+
+
 def test_scenes_are_read_with_the_cameras_convention(tmp_path):
     """The ball is at the origin: the pixels that it covers are those whose rays pass near it."""
     write_scene(tmp_path / "balls" / "a")
@@ -908,11 +956,7 @@ def train_args(task, name, folder, *extra):
         data = ("--context", 0.2, 0.9, "--data", photos(folder / "photos", 12))
     elif task == "nvs":
         given |= dict(points_per_ray=8, augment="turn mirror recolor", near=2.0)
-        for i in range(6):
-            write_scene(folder / "balls" / str(i))
-        split = {"train": list("0123"), "test": list("45")}
-        (folder / "ball_splits.json").write_text(json.dumps(split))
-        data = ("--data", folder)
+        data = ("--data", balls(folder, "0123", "45"))
     fields = [v for k, value in given.items() for v in ("--set", f"{k}={value}")]
     return ("train", "--smoke", "--task", task, "--model", name, "--device", "cpu", *data,
             *fields, *extra)
@@ -1405,9 +1449,7 @@ def test_bf16_learns_as_fp32_does(task, name, tmp_path):
     cfg = Config(task=task, model=name, **SIZES | small | (
         dict(grid=48) if task == "gp" else dict(image_size=16, patch=4, padding=0)))
     if task == "nvs":
-        for i in range(4):
-            write_scene(tmp_path / "balls" / str(i))
-        (tmp_path / "ball_splits.json").write_text(json.dumps({"train": list("0123")}))
+        balls(tmp_path, "0123")
     data = {"image": lambda: tinyinr.ImageData(cfg, photos(tmp_path, 9), "train"),
             "nvs": lambda: tinyinr.SceneData(cfg, tmp_path), "gp": lambda: tinyinr.CurveData(cfg)}
     for precision in ("fp32", "bf16"):
@@ -1436,11 +1478,7 @@ def test_every_cell_learns(task, name, tmp_path):
         cfg = image_config(model=name, **small)
         data = tinyinr.ImageData(cfg, photos(tmp_path, 5), "train")
     elif task == "nvs":
-        for i, angle in enumerate((0.5, 0.6, 0.7, 0.8)):
-            write_scene(tmp_path / "balls" / str(i), angle=angle)
-        (tmp_path / "ball_splits.json").write_text(
-            json.dumps({"train": list("0123"), "test": ["0"]})
-        )
+        balls(tmp_path, "0123", "0", angles=(0.5, 0.6, 0.7, 0.8))
         cfg = image_config(
             task="nvs",
             model=name,

@@ -9,17 +9,19 @@ ends where the next point would take more than 20 GB or a minute.
 import itertools
 import json
 import math
-import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
+import tinyinr  # noqa: E402
 
 AXES = {  # what grows: (task, whether it is encoded or decoded, the first point)
     "pixels decoded": ("image", "decode", 4096),
@@ -35,9 +37,6 @@ MOST_BYTES, MOST_SECONDS = 20e9, 60.0
 
 def inputs(cfg, axis, n):
     """Random context and query in which n of what the axis names are asked for."""
-    import torch
-    import tinyinr
-
     batch, side = (n if axis == "pictures encoded at once" else 1), cfg.image_size
     if cfg.task == "image":
         context = {"image": torch.rand(batch, 3, side, side)}
@@ -57,9 +56,6 @@ def inputs(cfg, axis, n):
 
 def measure(axis, model, n):
     """Seconds (median) and peak memory in bytes of one point, in a fresh process."""
-    import torch
-    import tinyinr
-
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     task, what, _ = AXES[axis]
@@ -73,7 +69,7 @@ def measure(axis, model, n):
         return tinyinr.predict(net, code, query) if code else net.encode(context)
 
     seconds = tinyinr.median_seconds(work, "cpu", 1.0)
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, tinyinr.peak_memory("cpu") * 2**20
 
 
 def line(axis, model, pool):
@@ -127,20 +123,15 @@ def panel(title, lines, size=(300, 230)):
 @click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
 def main(stored):
     """Measure all lines and draw them."""
-    import tinyinr
-
     if stored:
         table = json.loads(Path(stored).read_text())
     else:
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
             table = {axis: {model: line(axis, model, pool) for model in COLORS} for axis in AXES}
         tinyinr.write_json(DATA / "readme" / "costs.json", table)
-    panels = [panel(title, lines) for title, lines in table.items()]
-    width, height = panels[0].size
-    sheet = Image.new("RGB", (3 * width, 2 * height), "white")
-    for i, picture in enumerate(panels):
-        sheet.paste(picture, (i % 3 * width, i // 3 * height))
-    tinyinr.save_picture(sheet, DATA / "readme" / "costs.png")
+    panels = [np.asarray(panel(title, lines)) for title, lines in table.items()]
+    picture = tinyinr.sheet([panels[:3], panels[3:]], gap=0)
+    tinyinr.save_picture(picture, DATA / "readme" / "costs.png")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ LIGHTS = (  # (direction towards the light, strength), fixed in the world: objec
 
 @dataclass
 class Material:
+    """How a surface reflects: color and opacity in [0, 1], or a texture instead of the color."""
+
     colour: tuple = (0.7, 0.7, 0.7)
     opacity: float = 1.0
     texture: np.ndarray | None = None  # (H, W, 4) in [0, 1], top row first
