@@ -4,6 +4,7 @@ python -m pytest -q                              # all, in minutes
 python test_tinyinr.py --thorough -k thoroughly  # kill loop, fuzzing and long runs: an hour
 """
 
+import ctypes
 import hashlib
 import importlib
 import io
@@ -67,10 +68,11 @@ def tiny(task, model, **given) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = {
         "image": dict(image_size=16, patch=4, padding=0, freq_top=16.0),
-        "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0),
+        "nvs": dict(image_size=16, patch=4, padding=0, points_per_ray=12, freq_top=16.0,
+                    view_positions=True),
         "gp": dict(grid=48, freq_top=16.0),
     }[task]
-    shape |= dict(local=(task, model) != ("nvs", "vnp"), lattice=3)
+    shape |= dict(local=True, lattice=3)
     return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
 
 
@@ -326,23 +328,22 @@ def test_the_tokens_around_a_target_interpolate_linearly(task):
 
 def test_a_place_in_space_starts_from_what_the_views_show_there():
     """With tokens that hold their own row and column, a place on a pixel's ray reads that pixel's."""
-    lattice = tiny("nvs", "transinr").lattice
-    context, _ = signals("nvs")
-    context["focals"] = torch.tensor([20.0, 26.0]).expand(3, 2, 2)
-    o, d = tinyinr.camera_rays(context["poses"], context["focals"], 16, 16)
+    lattice, cameras = tiny("nvs", "transinr").tokenizer.lattice, poses(3, 2)
+    focals = torch.tensor([20.0, 26.0]).expand(3, 2, 2)
+    half = torch.tensor([8 / 26, 8 / 20]).expand(3, 2, 2)
+    o, d = tinyinr.camera_rays(cameras, focals, 16, 16)
     tokens = torch.zeros(3, 2, 16, 32)
     tokens[..., :2] = tinyinr.pixel_grid(4, 4)
     torch.nn.init.zeros_(lattice.camera.weight), torch.nn.init.zeros_(lattice.camera.bias)
     for b, v, row, column, depth in ((0, 0, 3, 9, 3.0), (1, 1, 12, 5, 4.5), (2, 0, 8, 2, 4.0)):
         lattice.places[5] = o[b, v, row, column] + depth * d[b, v, row, column]
-        only = {k: t[b : b + 1, v : v + 1] for k, t in context.items()}
-        read = (lattice(tokens[b, v][None], only) - lattice.pos)[0, 5, :2]
+        one = slice(b, b + 1), slice(v, v + 1)
+        read = (lattice(tokens[one], cameras[one], half[one]) - lattice.pos)[0, 5, :2]
         want = tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column]
         torch.testing.assert_close(read, want, atol=1e-5, rtol=0)
-    one, two = (lattice(tokens.flatten(1, 2)[:, i], {k: v[:, j] for k, v in context.items()})
-                for i, j in ((slice(16), slice(1)), (slice(16, 32), slice(1, 2))))
-    both = lattice(tokens.flatten(1, 2), context)
-    torch.testing.assert_close(both, (one + two) / 2, atol=1e-6, rtol=0)  # the mean over views
+    each = [lattice(tokens[:, v], cameras[:, v], half[:, v]) for v in ([0], [1])]
+    both = lattice(tokens, cameras, half)
+    torch.testing.assert_close(both, sum(each) / 2, atol=1e-6, rtol=0)  # the mean over views
 
 
 def test_the_places_of_tokens_are_where_they_look():
@@ -355,8 +356,6 @@ def test_the_places_of_tokens_are_where_they_look():
         impulse[..., (tokenizer.points - model.line[i]).abs().argmin()] = 1.0
         moved = (tokenizer.conv2(impulse) - still).abs().amax(1)[0]
         assert moved.nonzero().flatten().tolist() == [i]
-    with pytest.raises(ValueError, match="local=True.*leave it out"):
-        Config(task="nvs", model="vnp", local=True)
 
 
 def test_set_convolution_equals_a_loop():
@@ -466,8 +465,7 @@ def test_rows_of_places_come_from_the_tokens_there(task):
     model, (context, _) = tiny(task, "transinr", identity_init=True), signals(task)
     model.transformer = torch.nn.Identity()
     code = model.encode(context)
-    data = model.tokenizer(context)
-    tokens = data if task != "nvs" else model.lattice(data, context)
+    tokens = model.tokenizer(context)
     wb = next(iter(code.values()))
     assert wb.shape[1] == 2 * tinyinr.COORD_DIM[task] * 6 + tokens.shape[1] + 1
     rows = wb[:, -1 - tokens.shape[1] : -1]
@@ -1986,6 +1984,22 @@ def test_cost_curves_end_where_memory_does_and_are_drawn_in_place(monkeypatch):
     left, bottom = (40, picture.size[1] - 24)
     assert picture.getpixel((left + 1, bottom - 1)) == costs.COLORS["vnp"]
     assert picture.getpixel((picture.size[0] - 11, 25)) == costs.COLORS["vnp"]
+    picture = costs.plot({"seed 0": [(0.0, 10.0), (2.0, 20.0)]}, size=(260, 250))  # x 110, y 20
+    for x, y in ((0.5, 12.5), (1.0, 15.0), (1.5, 17.5)):
+        pixel = (round(40 + 100 * x), round(220 - 20 * (y - 10)))
+        assert picture.getpixel(pixel) == costs.COLORS["transinr"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_is_kept_between_steps():
+    """64 MB taken and freed again and again: the system has to hand out fresh pages once only."""
+    code = ("import resource, torch, tinyinr\n{}\ntorch.ones(2**24)\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "before = faults()\nfor _ in range(5): torch.ones(2**24)\nprint(faults() - before)")
+    kept, lost = (int(subprocess.run([sys.executable, "-c", code.format(call)], cwd=ROOT,
+                                     capture_output=True, check=True).stdout)
+                  for call in ("tinyinr.keep_memory()", ""))
+    assert 4 * kept < lost
 
 
 # ------------------------------------------------------------------------- pretrained models

@@ -125,7 +125,7 @@ class Config:
     blocks: int = 4
     hidden: int = 512
     latent: int = 64
-    local: bool = False  # a target's features start from the tokens around it, not from 0
+    local: bool = False  # tokens know where they lie, and the field reads those around a target
     latent_pool: str = "context"  # the prior is pooled over the "context" or over the "query"
     pool_every: int = 8  # pixels between the observations that the prior is pooled over
     min_std: float = 0.005  # floor of the predicted standard deviation
@@ -133,7 +133,7 @@ class Config:
     near: float = 2.0
     far: float = 6.0
     points_per_ray: int = 128
-    lattice: int = 6  # local: places along every axis of space
+    lattice: int = 5  # scenes, local: tokens along every axis of space
     radius: float = 0.0  # the scene is empty beyond this radius; 0: no bound
     density_gain: float = 0.0  # softplus(gain * (raw - 0.1)) as density; 0: the papers' ReLU
     color_gain: float = 1.0  # sigmoid(gain * raw) as color
@@ -176,9 +176,8 @@ class Config:
         check_choice("latent_pool", self.latent_pool, ("context", "query"))
         check_choice("decay", self.decay, ("step", "linear"))
         check_choice("kernel", self.kernel, (*KERNELS, "all"))
-        if self.local and (self.task, self.model) == ("nvs", "vnp"):
-            raise ValueError("local=True needs tokens that lie where the targets are; a view's "
-                             "patches do not: leave it out")
+        if self.local and self.task == "nvs" and not self.view_positions:
+            raise ValueError("local=True reads views of one size: add view_positions=True")
         if self.relative and (self.task, self.model) != ("gp", "vnp"):
             raise ValueError("relative=True needs tokens in a row: it is for the VNP of curves")
         if not 1 <= self.pool_every <= self.image_size:
@@ -211,8 +210,7 @@ class Config:
         else:
             context = self.side**2
         if self.task == "nvs":
-            context *= self.views
-            context += self.lattice**3 if self.local else 0
+            context = self.lattice**3 if self.local else context * self.views
         layers = [self.inr_width] * (self.inr_depth - 1) + [self.out_dim]
         return context + sum(min(self.groups, n) for n in layers) * (self.model == "transinr")
 
@@ -233,36 +231,37 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
     "small": {
         ("image", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=32,
-            freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16,
-            local=True, queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100, decay="linear",
-            flip=True),
+            freq_top=32.0, inr_width=64, groups=4, identity_init=True, local=True, minutes=9.8,
+            batch_size=16, queries=1024, lr=1e-3, muon_lr=0.02, beta2=0.95, warmup=100,
+            decay="linear", flip=True),
         ("nvs", "transinr"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
-            freq_top=32.0, inr_width=64, groups=16, identity_init=True, minutes=14.8, batch_size=8,
-            queries=128, view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0,
-            color_gain=4.0, augment="mirror recolor", lr=5e-4, muon_lr=0.01, beta2=0.95,
-            warmup=100, decay="linear"),
+            freq_top=32.0, inr_width=64, groups=4, identity_init=True, local=True, minutes=14.8,
+            batch_size=8, queries=128, view_positions=True, points_per_ray=16, radius=1.0,
+            density_gain=20.0, color_gain=4.0, augment="mirror recolor", lr=4e-4, muon_lr=0.006,
+            beta2=0.95, warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             convs=5, relative=True, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16,
             freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
             minutes=9.8, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100,
             decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
-            dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
-            inr_width=64, groups=16, identity_init=True, minutes=9.8, batch_size=16, queries=24,
-            lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
+            convs=5, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
+            inr_width=64, groups=4, identity_init=True, local=True, minutes=9.8, batch_size=16,
+            queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
-            ff_dim=256, freqs=32, freq_top=32.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128,
-            latent=32, local=True, min_std=0.05, minutes=9.8, batch_size=16, queries=256,
+            ff_dim=256, freqs=32, freq_top=32.0, cross_depth=1, cross_ff=128, blocks=2, hidden=128,
+            latent=32, local=True, min_std=0.05, minutes=9.8, batch_size=16, queries=192,
             context=(0.1, 1.0), lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear",
             clip=1.0, flip=True),
         ("nvs", "vnp"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
             freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
-            view_positions=True, points_per_ray=24, radius=1.0, density_gain=20.0, color_gain=4.0,
-            augment="mirror recolor", beta=1e-3, pool_every=16, minutes=14.8, batch_size=8,
-            queries=64, lr=5e-4, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear", clip=1.0),
+            local=True, view_positions=True, points_per_ray=16, radius=1.0, density_gain=20.0,
+            color_gain=4.0, augment="mirror recolor", beta=1e-3, pool_every=16, minutes=14.8,
+            batch_size=8, queries=64, lr=5e-4, muon_lr=0.01, beta2=0.95, warmup=50,
+            decay="linear", clip=1.0),
     },
     "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
     "transinr-imagenette": {("image", "transinr"): dict(epochs=400, random_crop=True, flip=True)},
@@ -462,6 +461,32 @@ class CrossBlock(nn.Module):
 # ------------------------------------------------------------------------- tokenizers
 
 
+def token_line(cfg: Config) -> Tensor:
+    """Where tokens lie along every axis of the field's coordinates, (n,) (cfg.local).
+
+    Curves and pictures: those of the context. Scenes: a lattice whose hat functions end where the
+    sphere does that bounds the scene.
+    """
+    if cfg.task == "gp":
+        return torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)[:: cfg.stride]
+    if cfg.task == "nvs":
+        return (cfg.radius or 1.0) * torch.linspace(-1, 1, cfg.lattice + 2)[1:-1]
+    return pixel_grid(cfg.side, 1)[:, 0]
+
+
+def around(points: Tensor, line: Tensor) -> Tensor:
+    """Weights (B, M, n^C) of the places next to points (B, M, C): linear interpolation.
+
+    The places are a regular grid, line (n,) along every axis; beyond its cells all weights are 0.
+    """
+    weight = F.relu(1 - (points.unsqueeze(-1) - line).abs() / (line[1] - line[0]))  # (B, M, C, n)
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
+    first, *rest = weight.unbind(2)
+    for axis in rest:
+        first = (first.unsqueeze(3) * axis.unsqueeze(2)).flatten(2)
+    return first
+
+
 class PatchTokenizer(nn.Module):
     """Image (B, C, H, W) -> tokens (B, T, D): disjoint patches and a linear map ([1] Sec. 4).
 
@@ -536,6 +561,29 @@ class SetTokenizer(nn.Module):
         return self.conv2(F.gelu(grid)).transpose(1, 2) + self.pos  # (B, T, D)
 
 
+class Lattice(nn.Module):
+    """Tokens of the places of a regular grid in space: what the views show there (cfg.local).
+
+    Each is the sum of its learned position and, mean over views, of the patches around its
+    projection and a linear map of where it lies before the camera.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        line, side = token_line(cfg), pixel_grid(cfg.side, 1)[:, 0]
+        self.register_buffer("places", torch.cartesian_prod(line, line, line), persistent=False)
+        self.register_buffer("side", side, persistent=False)  # where the patches of a view lie
+        self.pos = nn.Parameter(torch.randn(len(self.places), cfg.dim))
+        self.camera = nn.Linear(3, cfg.dim)
+
+    def forward(self, patches, poses, half):  # (B, V, T, D), (B, V, 3, 4), (B, V, 2)
+        x = (self.places - poses[..., None, :, 3]) @ poses[..., :3]  # (B, V, P, 3): camera's axes
+        at = x[..., [1, 0]] * x.new_tensor([-1, 1]) / -x[..., 2:].clamp(max=-1e-3)  # row, column
+        at = at / half.unsqueeze(2)  # in (-1, 1) where the view shows it
+        seen = around(at.flatten(0, 1), self.side).unflatten(0, at.shape[:2]) @ patches
+        return (seen + self.camera(x)).mean(1) + self.pos  # (B, P, D)
+
+
 class Tokenizer(nn.Module):
     """A task's context -> tokens (B, T, D)."""
 
@@ -547,6 +595,7 @@ class Tokenizer(nn.Module):
             return
         if cfg.task == "nvs":
             self.patches = PatchTokenizer(9, cfg, cfg.side**2 if cfg.view_positions else 0)
+            self.lattice = Lattice(cfg) if cfg.local else None
         else:
             self.patches = PatchTokenizer(4 if cfg.masked else 3, cfg, cfg.side**2)
 
@@ -569,7 +618,11 @@ class Tokenizer(nn.Module):
             images, o = 4 * images - 2, o * 2 / (self.cfg.near + self.cfg.far)
         rays = torch.cat((o, d), -1).movedim(-1, 2).to(images.dtype)
         pixels = torch.cat((images, rays), 2).flatten(0, 1)  # (B V, 9, H, W)
-        return self.patches(pixels).unflatten(0, images.shape[:2]).flatten(1, 2)  # (B, V T, D)
+        tokens = self.patches(pixels).unflatten(0, images.shape[:2])  # (B, V, T, D)
+        if self.lattice is None:
+            return tokens.flatten(1, 2)
+        half = 0.5 * o.new_tensor(images.shape[-2:]) / focals.flip(-1)  # tangent: rows, columns
+        return self.lattice(tokens, poses, half)
 
 
 # ------------------------------------------------------------------------- fields and queries
@@ -594,32 +647,6 @@ def positional_encoding(x: Tensor, freqs: Tensor) -> Tensor:
     angles = (x.unsqueeze(-1) * freqs).flatten(-2)
     angles = math.pi * angles if x.shape[-1] == 2 else angles
     return torch.cat((angles.cos(), angles.sin()), -1)
-
-
-def token_line(cfg: Config) -> Tensor:
-    """Where tokens lie along every axis of the field's coordinates, (n,) (cfg.local).
-
-    Curves and pictures: those of the context. Scenes: a lattice whose hat functions end where the
-    sphere does that bounds the scene.
-    """
-    if cfg.task == "gp":
-        return torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)[:: cfg.stride]
-    if cfg.task == "nvs":
-        return (cfg.radius or 1.0) * torch.linspace(-1, 1, cfg.lattice + 2)[1:-1]
-    return pixel_grid(cfg.side, 1)[:, 0]
-
-
-def around(points: Tensor, line: Tensor) -> Tensor:
-    """Weights (B, M, n^C) of the places next to points (B, M, C): linear interpolation.
-
-    The places are a regular grid, line (n,) along every axis; beyond its cells all weights are 0.
-    """
-    weight = F.relu(1 - (points.unsqueeze(-1) - line).abs() / (line[1] - line[0]))  # (B, M, C, n)
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    first, *rest = weight.unbind(2)
-    for axis in rest:
-        first = (first.unsqueeze(3) * axis.unsqueeze(2)).flatten(2)
-    return first
 
 
 def query_points(cfg: Config, query: dict) -> tuple[Tensor, Tensor | None]:
@@ -728,38 +755,11 @@ def inr_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
     return dict(zip(names, zip(widths, widths[1:] + [cfg.out_dim])))
 
 
-class Lattice(nn.Module):
-    """Tokens of places in space, a regular grid: what the views show there (cfg.local).
-
-    Each starts from its learned position, and from the tokens around its projection into every view
-    and its place before that camera, mean over views (deviates: [1] has no such tokens).
-    """
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        line, side = token_line(cfg), pixel_grid(cfg.side, 1)[:, 0]
-        self.register_buffer("places", torch.cartesian_prod(line, line, line), persistent=False)
-        self.register_buffer("side", side, persistent=False)  # places of a view's tokens
-        self.pos = nn.Parameter(torch.randn(len(self.places), cfg.dim))
-        self.camera = nn.Linear(3, cfg.dim)
-
-    def forward(self, tokens, context):  # (B, V T, D)
-        images, poses, focals = context["images"], context["poses"], context["focals"]
-        x = (self.places - poses[..., None, :, 3]) @ poses[..., :3]  # (B, V, P, 3): camera's axes
-        half = 0.5 * x.new_tensor(images.shape[-2:]) / focals.flip(-1)  # (B, V, 2): rows, columns
-        at = x[..., [1, 0]] * x.new_tensor([-1, 1]) / -x[..., 2:].clamp(max=-1e-3)
-        at = (at / half.unsqueeze(2)).flatten(0, 1)  # (B V, P, 2): in the view it is in (-1, 1)
-        tokens = tokens.unflatten(1, (poses.shape[1], -1))
-        seen = around(at, self.side) @ tokens.flatten(0, 1) + self.camera(x.flatten(0, 1))
-        return seen.unflatten(0, poses.shape[:2]).mean(1) + self.pos  # (B, P, D)
-
-
 class TransINR(nn.Module):
     """A Transformer over data tokens and learned weight tokens writes an MLP ([1] Sec. 3).
 
-    cfg.local: the MLP's inputs are hat functions, too, one for every place of a regular grid; their
-    rows of the first layer are written by the tokens of these places: by the context's own, or in
-    scenes by those of a Lattice (deviates: the first layer of [1] has Fourier features only).
+    cfg.local: the MLP's inputs are hat functions, too, one for every data token, around its place;
+    the token writes this row of the first layer (deviates: [1] has Fourier features only).
     """
 
     def __init__(self, cfg: Config):
@@ -782,7 +782,6 @@ class TransINR(nn.Module):
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
         self.register_buffer("line", token_line(cfg) if cfg.local else None, persistent=False)
-        self.lattice = Lattice(cfg) if cfg.local and cfg.task == "nvs" else None
         self.rows = self.head(next(iter(self.shapes.values()))[1]) if cfg.local else None
 
     def head(self, n: int) -> nn.Sequential:
@@ -792,16 +791,12 @@ class TransINR(nn.Module):
     def encode(self, context: dict) -> dict[str, Tensor]:
         """Context -> the INR's weights {layer: (B, in + 1, out)}, the bias in the last row."""
         data = self.tokenizer(context)  # (B, T, D)
-        if self.lattice is not None:
-            data = torch.cat((self.lattice(data, context), data), 1)
         tokens = torch.cat((data, self.wtokens.expand(data.shape[0], -1, -1)), 1)
-        tokens = self.transformer(tokens)
-        layers = tokens[:, data.shape[1]:].split(self.n_tokens, 1)
+        data, *layers = self.transformer(tokens).split([data.shape[1], *self.n_tokens], 1)
         code = {name: self.write(name, t) for name, t in zip(self.shapes, layers)}
         if self.rows is not None:  # after the rows of the Fourier features
-            places = tokens[:, : len(self.line) ** COORD_DIM[self.cfg.task]]
             name, wb = next(iter(code.items()))
-            code[name] = torch.cat((wb[:, :-1], self.rows(places).to(wb.dtype), wb[:, -1:]), 1)
+            code[name] = torch.cat((wb[:, :-1], self.rows(data).to(wb.dtype), wb[:, -1:]), 1)
         return code
 
     def write(self, name: str, tokens: Tensor) -> Tensor:
@@ -1858,7 +1853,7 @@ def keep_memory():
     For a program's start, not for a library's: it is the whole process's. A step takes 106 instead
     of 125 ms (scenes, Zen 4).
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries have their ways
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries differ
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks ...
         libc.mallopt(-4, 0)  # ... and (M_MMAP_MAX) holds large blocks, too

@@ -1,15 +1,21 @@
-"""Measure what encoding and decoding cost as their inputs grow, and draw it for the README.
+"""Measure what encoding, decoding and learning cost, and draw it for the README.
 
-    python data/costs.py    # data/readme/costs.json and costs.png
+    python data/costs.py inputs     # time and memory as inputs grow: data/readme/costs.json, .png
+    python data/costs.py minutes    # PSNR over the minutes of training: minutes.json, minutes.png
 
-Every point is measured in a process of its own, with random weights of the small presets; a line
-ends where the next point would take more than 20 GB or a minute.
+Every point of the first is measured in a process of its own, with random weights of the small
+presets; a line ends where the next point would take more than 20 GB or a minute. The second trains
+on images as the README says, once for every --seed, and scores each checkpoint on all held-out
+pictures afterwards.
 """
 
 import itertools
 import json
 import math
+import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -119,10 +125,57 @@ def panel(title, lines, size=(300, 230)):
     return picture
 
 
-@click.command()
+def scored(length, seed, folder):
+    """Rows [minutes, held-out PSNR] of one training run, about one for every 20 seconds of it."""
+    ckpt, copies = folder / "ckpt.pt", []
+    train = [sys.executable, DATA.parent / "tinyinr.py", "train", "--task", "image", "--minutes",
+             length, "--seed", seed, "--set", "save_every=20", "--out", folder]
+    training = subprocess.Popen([str(v) for v in train], stdout=subprocess.DEVNULL)
+    while training.poll() is None:
+        time.sleep(1)
+        if ckpt.exists() and ckpt.read_bytes() not in copies[-1:]:
+            copies.append(ckpt.read_bytes())
+    if training.returncode:
+        raise click.ClickException(f"training ended with exit code {training.returncode}")
+    rows, device = [], tinyinr.choose_device("cpu")
+    for data in copies:
+        ckpt.write_bytes(data)
+        model = tinyinr.load(ckpt)
+        test = tinyinr.ImageData(model.cfg, None, "test")
+        psnr = tinyinr.evaluate(model, test, device)["all"]["psnr"]
+        rows.append((tinyinr.read_checkpoint(ckpt)["elapsed"] / 60, psnr))
+        click.echo(f"seed {seed}: {rows[-1][0]:5.2f} minutes {psnr:6.2f} dB")
+    return rows
+
+
+def plot(lines, size=(600, 300)):
+    """{name: rows [x, y]} as lines over linear axes that are marked at whole numbers."""
+    picture = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    xs, ys = zip(*(row for rows in lines.values() for row in rows))
+    low, high, last = math.floor(min(ys)), math.ceil(max(ys)), math.ceil(max(xs))
+    at = lambda x, y: (40 + x / last * (size[0] - 60),
+                       size[1] - 30 - (y - low) / (high - low) * (size[1] - 50))
+    for x in range(last + 1):
+        pen.line((at(x, low), at(x, high)), fill="#e5e7eb")
+        pen.text(at(x, low), f"{x}", "#374151", font, "ma")
+    for y in range(low, high + 1):
+        pen.line((at(0, y), at(last, y)), fill="#e5e7eb")
+        pen.text((34, at(0, y)[1]), f"{y}", "#374151", font, "rm")
+    for rows, color in zip(lines.values(), itertools.cycle(COLORS.values())):
+        pen.line([at(*row) for row in rows], fill=color, width=2)
+    return picture
+
+
+@click.group()
+def main():
+    """Measure and draw."""
+
+
+@main.command("inputs")
 @click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
-def main(stored):
-    """Measure all lines and draw them."""
+def inputs_grow(stored):
+    """Time and memory as inputs grow."""
     if stored:
         table = json.loads(Path(stored).read_text())
     else:
@@ -132,6 +185,23 @@ def main(stored):
     panels = [np.asarray(panel(title, lines)) for title, lines in table.items()]
     picture = tinyinr.sheet([panels[:3], panels[3:]], gap=0)
     tinyinr.save_picture(picture, DATA / "readme" / "costs.png")
+
+
+@main.command()
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True)
+@click.option("--length", default=9.8, show_default=True, help="Minutes of training.")
+@click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
+def minutes(seeds, length, stored):
+    """PSNR on held-out pictures over the minutes of training."""
+    if stored:
+        table = json.loads(Path(stored).read_text())
+    else:
+        table = {}
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                table[f"seed {seed}"] = scored(length, seed, Path(folder))
+        tinyinr.write_json(DATA / "readme" / "minutes.json", table)
+    tinyinr.save_picture(plot(table), DATA / "readme" / "minutes.png")
 
 
 if __name__ == "__main__":
