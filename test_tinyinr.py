@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -1264,6 +1265,21 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
     for name, value in ckpt["model"].items():
         assert torch.equal(value, again[name]), name
         assert torch.equal(value, rest.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_values_are_weighed_by_a_power_of_their_std(power):
+    """The pull on a mean is its error / std^2, times std^power: with 2 that of the mean square."""
+    mean, std, target = (0.1 + rand(2, 5, 3, seed=i) for i in range(3))
+    mean.requires_grad_()
+    model = SimpleNamespace(cfg=Config(model="vnp", std_power=power), encode=lambda context: {},
+                            elbo=lambda *_: (tinyinr.Prediction(mean, std), torch.zeros(2)))
+    with torch.enable_grad():
+        loss, mse = tinyinr.objective(model, ({}, {}, target))
+    pull, = torch.autograd.grad(loss, mean)
+    want = (mean - target) * std ** (power - 2) / (std**power).mean() / mean.numel()
+    torch.testing.assert_close(pull, want.detach(), atol=1e-7, rtol=1e-5)
+    assert float(mse) == pytest.approx(float((mean - target).square().mean()))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):

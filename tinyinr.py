@@ -128,6 +128,7 @@ class Config:
     local: bool = False  # tokens know where they lie, and the field reads those around a target
     latent_pool: str = "context"  # the prior is pooled over the "context" or over the "query"
     pool_every: int = 8  # pixels between the observations that the prior is pooled over
+    std_power: float = 0.0  # likelihoods: power of a value's std that weighs it
     min_std: float = 0.005  # floor of the predicted standard deviation
     # scenes
     near: float = 2.0
@@ -1639,7 +1640,9 @@ def objective(model, batch, eps=None, beta: float = 1.0) -> tuple[Tensor, Tensor
     """Loss of a batch, and the mean squared error of its prediction (both scalars).
 
     Deterministic predictions: MSE ([1] Sec. 4). Gaussian: minus log-likelihood per value. VNP adds
-    beta KL(q || p), per value too where Gaussian: the ELBO ([2] Eq. 5).
+    beta KL(q || p), per value too where Gaussian: the ELBO ([2] Eq. 5). cfg.std_power > 0 weighs
+    the values by a power of their predicted std, so that certain ones don't outweigh the rest
+    (deviates: Seitzer et al., 2022).
     """
     context, query, target = batch
     code, kl = model.encode(context), None
@@ -1648,7 +1651,11 @@ def objective(model, batch, eps=None, beta: float = 1.0) -> tuple[Tensor, Tensor
     else:
         prediction = model.decode(code, query)
     mse = (prediction.mean.float() - target).square().mean()
-    loss = mse if prediction.std is None else -log_likelihood(prediction, target).mean()
+    if prediction.std is None:
+        loss = mse
+    else:
+        weight = prediction.std.float().detach() ** model.cfg.std_power
+        loss = -(log_likelihood(prediction, target) * weight / weight.mean()).mean()
     if kl is not None:
         loss = loss + beta * kl.mean() / (1 if prediction.std is None else target[0].numel())
     return loss, mse
