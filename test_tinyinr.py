@@ -2009,7 +2009,7 @@ def test_cost_curves_end_where_memory_does_and_are_drawn_in_place(monkeypatch):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_memory_is_kept_between_steps():
     """64 MB taken and freed again and again: the system has to hand out fresh pages once only."""
-    code = ("import resource, torch, tinyinr\n{}\ntorch.ones(2**24)\n"
+    code = ("import resource, torch, tinyinr\n{}\nfor _ in range(12): torch.ones(2**24)\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "before = faults()\nfor _ in range(5): torch.ones(2**24)\nprint(faults() - before)")
     kept, lost = (int(subprocess.run([sys.executable, "-c", code.format(call)], cwd=ROOT,

@@ -161,6 +161,8 @@ def plot(lines, size=(600, 300)):
     for y in range(low, high + 1):
         pen.line((at(0, y), at(last, y)), fill="#e5e7eb")
         pen.text((34, at(0, y)[1]), f"{y}", "#374151", font, "rm")
+    pen.text((34, 2), "dB", "#374151", font, "ra")
+    pen.text((size[0] - 2, size[1] - 2), "minutes", "#374151", font, "rs")
     for rows, color in zip(lines.values(), itertools.cycle(COLORS.values())):
         pen.line([at(*row) for row in rows], fill=color, width=2)
     return picture

@@ -460,7 +460,8 @@ def furniture(package):
 
 @main.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def pretrained(run):
+@click.option("--cores", type=int, help="That the run had; default: as many as scoring has.")
+def pretrained(run, cores):
     """Store a run's weights in half precision; score the stored file on the bundled test set."""
     sys.path.insert(0, str(DATA.parent))
     import tinyinr
@@ -482,7 +483,8 @@ def pretrained(run):
                    + f" --preset {cfg.preset}" * (cfg.preset != "small")
                    + f" --minutes {cfg.minutes:g}" * (cfg.minutes != usual),
         "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": cfg.seed,
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", ""), "cores": torch.get_num_threads(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
+        "cores": cores or torch.get_num_threads(),
         "scores": tinyinr.score(tinyinr.load(path), test, device, known)}
     tinyinr.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
