@@ -107,6 +107,7 @@ def code_shapes(model: nn.Module) -> dict[str, tuple]:
     """Name -> shape of a code; its length is free where it depends on the context's."""
     cfg, shapes = model.cfg, {}
     free = {"image": (), "nvs": ("tokens", "pool"), "gp": ("pool",)}[cfg.task]
+    free = ("pool",) if free and cfg.local else free  # a lattice has as many tokens as places
     for name, value in model.encode(draw(cfg, context_shapes(cfg))).items():
         word = name.partition("_")[0]
         shapes[name] = ("batch", word if word in free else value.shape[1], *value.shape[2:])
