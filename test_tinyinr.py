@@ -328,7 +328,7 @@ def test_the_tokens_around_a_target_interpolate_linearly(task):
 
 
 def test_a_place_in_space_starts_from_what_the_views_show_there():
-    """With tokens that hold their own row and column, a place on a pixel's ray reads that pixel's."""
+    """Where tokens hold their row and column, a place on a pixel's ray reads that pixel's."""
     lattice, cameras = tiny("nvs", "transinr").tokenizer.lattice, poses(3, 2)
     focals = torch.tensor([20.0, 26.0]).expand(3, 2, 2)
     half = torch.tensor([8 / 26, 8 / 20]).expand(3, 2, 2)
