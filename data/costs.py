@@ -53,9 +53,9 @@ def inputs(cfg, axis, n):
     pose = tinyinr.look_at(torch.tensor([3.0, 2.0, 1.5]))
     context = {"images": torch.rand(1, views, 3, side, side), "poses": pose.expand(1, views, 3, 4),
                "focals": torch.full((1, views, 2), 80.0)}
-    rows = max(1, n // 64)
-    o, d = (r.flatten(0, 2)[None, :n] for r in
-            tinyinr.camera_rays(pose[None], torch.full((1, 2), 200.0), rows, 64))
+    rays = math.isqrt(n) if axis == "rays decoded" else 16  # a side; the sphere fills the view
+    o, d = (r.flatten(0, 2)[None] for r in
+            tinyinr.camera_rays(pose[None], torch.full((1, 2), 2.0 * rays), rays, rays))
     return context, {"rays_o": o, "rays_d": d}
 
 
