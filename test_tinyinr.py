@@ -357,6 +357,11 @@ def test_the_places_of_tokens_are_where_they_look():
         impulse[..., (tokenizer.points - model.line[i]).abs().argmin()] = 1.0
         moved = (tokenizer.conv2(impulse) - still).abs().amax(1)[0]
         assert moved.nonzero().flatten().tolist() == [i]
+    with pytest.raises(ValueError, match="local=True.*add view_positions=True"):
+        Config(task="nvs", local=True)
+    for n in (1, 2**20):
+        with pytest.raises(ValueError, match=f"lattice={n} must be from 2 to 64"):
+            Config(lattice=n)
 
 
 def test_set_convolution_equals_a_loop():

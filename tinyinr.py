@@ -79,7 +79,7 @@ LIMITS = {  # smallest and largest value of Config's whole numbers; the others: 
                      "cross_ff", "hidden", "latent", "pool_every", "views", "batch_size",
                      "accumulate"), (1, 2**20)),
     **dict.fromkeys(("depth", "cross_depth", "blocks"), (0, 1024)), "inr_depth": (1, 1024),
-    "convs": (0, 16),
+    "convs": (0, 16), "lattice": (2, 64),
     "points_per_ray": (2, 2**20), "steps": (0, 2**40), "seed": (-(2**63), 2**64 - 1),
 }
 
@@ -476,15 +476,15 @@ def token_line(cfg: Config) -> Tensor:
 
 
 def around(points: Tensor, line: Tensor) -> Tensor:
-    """Weights (B, M, n^C) of the places next to points (B, M, C): linear interpolation.
+    """Weights (..., n^C) of the places next to points (..., C): linear interpolation.
 
     The places are a regular grid, line (n,) along every axis; beyond its cells all weights are 0.
     """
-    weight = F.relu(1 - (points.unsqueeze(-1) - line).abs() / (line[1] - line[0]))  # (B, M, C, n)
+    weight = F.relu(1 - (points.unsqueeze(-1) - line).abs() / (line[1] - line[0]))  # (..., C, n)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    first, *rest = weight.unbind(2)
+    first, *rest = weight.unbind(-2)
     for axis in rest:
-        first = (first.unsqueeze(3) * axis.unsqueeze(2)).flatten(2)
+        first = (first.unsqueeze(-1) * axis.unsqueeze(-2)).flatten(-2)
     return first
 
 
@@ -581,7 +581,7 @@ class Lattice(nn.Module):
         x = (self.places - poses[..., None, :, 3]) @ poses[..., :3]  # (B, V, P, 3): camera's axes
         at = x[..., [1, 0]] * x.new_tensor([-1, 1]) / -x[..., 2:].clamp(max=-1e-3)  # row, column
         at = at / half.unsqueeze(2)  # in (-1, 1) where the view shows it
-        seen = around(at.flatten(0, 1), self.side).unflatten(0, at.shape[:2]) @ patches
+        seen = around(at, self.side) @ patches  # (B, V, P, D)
         return (seen + self.camera(x)).mean(1) + self.pos  # (B, P, D)
 
 

@@ -4,9 +4,9 @@
     python data/costs.py minutes    # PSNR over the minutes of training: minutes.json, minutes.png
 
 Every point of the first is measured in a process of its own, with random weights of the small
-presets; a line ends where the next point would take more than 20 GB or 20 seconds. The second trains
-on images as the README says, once for every --seed, and scores each checkpoint on all held-out
-pictures afterwards.
+presets; a line ends where the next point would take more than 20 GB or 20 seconds. The second
+trains on images as the README says, once for every --seed, and scores each checkpoint on all
+held-out pictures afterwards.
 """
 
 import itertools
@@ -132,8 +132,9 @@ def scored(length, seed, folder):
     training = subprocess.Popen([str(v) for v in train], stdout=subprocess.DEVNULL)
     while training.poll() is None:
         time.sleep(1)
-        if ckpt.exists() and ckpt.read_bytes() not in copies[-1:]:
-            copies.append(ckpt.read_bytes())
+        data = ckpt.read_bytes() if ckpt.exists() else None
+        if data and data not in copies[-1:]:
+            copies.append(data)
     if training.returncode:
         raise click.ClickException(f"training ended with exit code {training.returncode}")
     rows, device, test = [], tinyinr.choose_device("cpu"), None
