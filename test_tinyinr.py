@@ -1,6 +1,7 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
 python -m pytest -q                              # all, in minutes
+python test_tinyinr.py --device cuda             # all, the commands on that device
 python test_tinyinr.py --thorough -k thoroughly  # kill loop, fuzzing and long runs: an hour
 """
 
@@ -105,15 +106,28 @@ def signals(task, batch=3, targets=7, size=16):
 
 def run(*args, code=0):
     """The command line in this process: its output, after a check of the exit code."""
-    result = CliRunner().invoke(tinyinr.cli, [str(a) for a in args])
+    result = CliRunner().invoke(tinyinr.cli, [str(a) for a in args], default_map=DEFAULTS)
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result.output
 
 
 def pytest_addoption(parser):
-    """The option of `python test_tinyinr.py`."""
+    """The options of `python test_tinyinr.py`."""
     parser.addoption("--thorough", action="store_true", help="the tests called so, at full length")
+    parser.addoption("--device", default="cpu", help="where the commands run: cpu, cuda or mps")
+
+
+DEFAULTS = {}  # {command: {option: value}} where a test gives none
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device_of_commands(request):
+    """--device, for every command that has such an option."""
+    name = request.config.getoption("--device", "cpu")
+    for command in tinyinr.cli.commands.values():
+        if any(p.name == "device" for p in command.params):
+            DEFAULTS[command.name] = {"device": name}
 
 
 @pytest.fixture
@@ -920,6 +934,68 @@ def test_turning_mirroring_and_recoloring_keep_scenes_consistent(tmp_path):
         torch.testing.assert_close(a[:, 2], c[:, 2], atol=1e-5, rtol=1e-4)  # up stays up
 
 
+def test_classes_are_balanced_by_a_power_of_their_size():
+    """4 classes of 1, 4, 16 and 64 objects at balance 0.5: drawn as 1 : 2 : 4 : 8."""
+    sizes = np.repeat([1, 4, 16, 64], [1, 4, 16, 64])
+    odds = torch.tensor(sizes**-0.5, dtype=torch.float32)
+    drawn = [tinyinr.draws(85, 1, 0, step, odds)[0] for step in range(6000)]
+    shares = [np.mean(sizes[drawn] == n) for n in (1, 4, 16, 64)]
+    np.testing.assert_allclose(shares, np.array([1, 2, 4, 8]) / 15, atol=0.02)
+    assert len(set(tinyinr.draws(85, 85, 0, 7, odds))) == 85  # a signal once a step
+    assert len(tinyinr.draws(3, 9, 0, 7, odds[:3])) == 9
+
+
+def test_balanced_scenes_are_drawn_by_class(tmp_path):
+    balls(tmp_path, "012345678", "9")
+    write_scene(tmp_path / "cubes" / "c", angle=0.3)
+    split = {"train": ["c"], "test": []}
+    (tmp_path / "cube_splits.json").write_text(json.dumps(split))
+    seen = {}
+    for balance in (0.0, 1.0):
+        data = tinyinr.SceneData(scene_config(balance=balance, batch_size=1), tmp_path)
+        focals = [next(data.batches("cpu", step))[0]["focals"] for step in range(200, 300)]
+        seen[balance] = sum(float(f.max()) > 1.5 * float(data.focals.min()) for f in focals)
+    assert seen[0.0] < 25 and 35 < seen[1.0] < 65, seen
+
+
+def scene_config(**given):
+    fields = dict(task="nvs", image_size=16, patch=4, padding=0, batch_size=2, queries=64)
+    return Config(**SIZES | fields | given)
+
+
+@pytest.mark.parametrize("targets", [1, 3, 9])
+def test_training_rays_are_those_of_other_views(tmp_path, targets):
+    """Each has the color of its pixel; they start from as many other cameras as asked for."""
+    balls(tmp_path, "01", "2")
+    cfg = scene_config(queries=80, target_views=targets, augment="mirror")
+    data = tinyinr.SceneData(cfg, tmp_path)  # of 4 views each
+    for step in range(5):
+        context, query, color = next(data.batches("cpu", step))
+        o, d = query["rays_o"], query["rays_d"]
+        near = torch.linalg.cross(o, d).norm(dim=-1) / d.norm(dim=-1)  # distance of ray and origin
+        assert torch.equal(near < 0.7, color[..., 2] < 1)  # the ball of `write_scene`
+        assert ("jitter" in query) and context["images"].shape == (2, 1, 3, 16, 16)
+        for i in range(2):
+            eyes = o[i].unique(dim=0)
+            assert len(eyes) == min(targets, 3)
+            assert ((eyes - context["poses"][i, :, :, 3]).norm(dim=-1) > 1e-3).all()
+
+
+def test_a_batch_of_curves_has_contexts_of_every_size():
+    """Its mask tells which points are context; none of the targets is among them."""
+    data = tinyinr.CurveData(Config(task="gp", batch_size=16, queries=24, **SIZES))
+    counts = []
+    for step in range(60):
+        context, query, target = next(data.batches("cpu", step))
+        n = context["mask"].sum(1)
+        assert context["x"].shape[1] == n.max() and query["x"].shape == target.shape == (16, 24, 1)
+        assert not (query["x"] == context["x"].mT).any()
+        counts += n.tolist()
+    shares = np.bincount(counts, minlength=47)[3:]
+    assert shares.sum() == len(counts) and shares.min() > 0
+    assert np.mean(counts) == pytest.approx(24.5, abs=1.5)
+
+
 def test_curves_have_the_covariance_of_their_kernel():
     gen = torch.Generator().manual_seed(0)
     x = torch.tensor([[[0.0], [0.3]]], dtype=torch.float64)
@@ -962,12 +1038,14 @@ def train_args(task, name, folder, *extra):
         given |= dict(points_per_ray=8, augment="turn mirror recolor", near=2.0)
         data = ("--data", balls(folder, "0123", "45"))
     fields = [v for k, value in given.items() for v in ("--set", f"{k}={value}")]
-    return ("train", "--smoke", "--task", task, "--model", name, "--device", "cpu", *data,
-            *fields, *extra)
+    where = ("--device", DEFAULTS["train"]["device"])  # for processes of their own
+    return ("train", "--smoke", "--task", task, "--model", name, *where, *data, *fields, *extra)
 
 
 def start(*args, processes=0, **options):
     """The command line in a process of its own, or in several by torchrun."""
+    if DEFAULTS["train"]["device"] == "cuda" and processes > torch.cuda.device_count():
+        pytest.skip(f"{processes} processes need a GPU each")
     by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [sys.executable, *by * bool(processes), str(ROOT / "tinyinr.py"), *map(str, args)],
@@ -1145,7 +1223,6 @@ def test_device_choices(monkeypatch):
     for gain, dtype in ((2.0, torch.bfloat16), (0.8, None)):
         monkeypatch.setattr(tinyinr, "bf16_gain", lambda: gain)
         assert tinyinr.choose_device("cpu").dtype is dtype
-        assert tinyinr.choose_device("cpu", "gp").dtype is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     before = torch.get_float32_matmul_precision()
@@ -1166,7 +1243,7 @@ ACCELERATORS = [
 def test_an_accelerator_predicts_what_the_cpu_does(task, name, device):
     model, (context, query) = tiny(task, name), signals(task)
     want = model.decode(model.encode(context), query)
-    chosen = tinyinr.choose_device(device, task, "fp32")
+    chosen = tinyinr.choose_device(device, "fp32")
     model, context, query = model.to(device), *(tinyinr.to_device(v, device)
                                                 for v in (context, query))
     for got in (model.decode(model.encode(context), query),
@@ -1200,8 +1277,6 @@ TRAIN = [
     "train",
     "--task",
     "image",
-    "--device",
-    "cpu",
     "--batch-size",
     "2",
     "--set",
@@ -1244,7 +1319,7 @@ def test_training_leaves_checkpoint_log_and_picture(trained):
     assert rows[-1]["step"] == 6 and {"loss", "psnr", "lr", "ms", "signals_per_s"} <= set(rows[-1])
     assert Image.open(out / "samples.png").size[0] > 64
     output = run(
-        "eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json", "--device", "cpu"
+        "eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json"
     )
     scores = json.loads((out.parent / "s.json").read_text())
     assert scores["all"]["pictures"] == 2 and "psnr_unclamped" in output
@@ -1472,7 +1547,7 @@ def test_bf16_learns_as_fp32_does(task, name, tmp_path):
     data = {"image": lambda: tinyinr.ImageData(cfg, photos(tmp_path, 9), "train"),
             "nvs": lambda: tinyinr.SceneData(cfg, tmp_path), "gp": lambda: tinyinr.CurveData(cfg)}
     for precision in ("fp32", "bf16"):
-        training = tinyinr.Run(cfg, tinyinr.choose_device("cpu", task, precision))
+        training = tinyinr.Run(cfg, tinyinr.choose_device("cpu", precision))
         with torch.enable_grad():
             curve = [float(training.update(batch, i / 40)[1]) for i, batch in
                      zip(range(40), data[task]().batches("cpu"))]

@@ -77,7 +77,7 @@ LIMITS = {  # smallest and largest value of Config's whole numbers; the others: 
     **dict.fromkeys(("dim", "heads", "head_dim", "ff_dim", "image_size", "patch", "merge", "grid",
                      "grid_scales", "stride", "freqs", "inr_width", "groups", "cross_heads",
                      "cross_ff", "hidden", "latent", "pool_every", "views", "batch_size",
-                     "accumulate"), (1, 2**20)),
+                     "accumulate", "target_views"), (1, 2**20)),
     **dict.fromkeys(("depth", "cross_depth", "blocks"), (0, 1024)), "inr_depth": (1, 1024),
     "convs": (0, 16), "lattice": (2, 64),
     "points_per_ray": (2, 2**20), "steps": (0, 2**40), "seed": (-(2**63), 2**64 - 1),
@@ -139,6 +139,7 @@ class Config:
     density_gain: float = 0.0  # softplus(gain * (raw - 0.1)) as density; 0: the papers' ReLU
     color_gain: float = 1.0  # sigmoid(gain * raw) as color
     views: int = 1  # context views
+    target_views: int = 1  # views that a training step's rays of an object come from
     train_views: int = 0  # of every object only the first ones are used in training; 0: all
     # training; the first of steps, minutes and epochs that is not 0 gives its length
     steps: int = 0
@@ -157,6 +158,7 @@ class Config:
     flip: bool = False  # images: mirror half of them
     random_crop: bool = False  # images: along the longer side
     augment: str = ""  # scenes: any of "turn mirror recolor"
+    balance: float = 0.0  # scenes: a class of n objects is drawn as one of n^(1 - balance)
     kernel: str = "rbf"  # curves: the training functions, or "all" kernels
     beta: float = 1.0  # weight of the KL divergence ...
     beta_warmup: float = 0.05  # ... reached after this part of the run
@@ -239,8 +241,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=4, identity_init=True, local=True, minutes=14.8,
             batch_size=8, queries=128, view_positions=True, points_per_ray=16, radius=1.0,
-            density_gain=20.0, color_gain=4.0, augment="mirror recolor", lr=4e-4, muon_lr=0.006,
-            beta2=0.95, warmup=100, decay="linear"),
+            density_gain=20.0, color_gain=4.0, target_views=4, balance=0.75, lr=4e-4, muon_lr=0.006,
+            augment="mirror recolor", beta2=0.95, warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             convs=5, relative=True, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16,
             freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
@@ -275,7 +277,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
     "vnp-gp": {("gp", "vnp"): dict(
         convs=10, relative=True, dim=128, depth=4, heads=4, head_dim=32, ff_dim=256, freqs=16,
         freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
-        minutes=85.0, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200,
+        minutes=45.0, batch_size=16, queries=24, lr=5e-4, muon_lr=0.005, beta2=0.95, warmup=200,
         decay="linear", clip=1.0)},
 }
 
@@ -482,6 +484,8 @@ def around(points: Tensor, line: Tensor) -> Tensor:
     """
     weight = F.relu(1 - (points.unsqueeze(-1) - line).abs() / (line[1] - line[0]))  # (..., C, n)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
+    if torch.is_autocast_enabled(points.device.type):  # what they are multiplied in
+        weight = weight.to(torch.get_autocast_dtype(points.device.type))
     first, *rest = weight.unbind(-2)
     for axis in rest:
         first = (first.unsqueeze(-1) * axis.unsqueeze(-2)).flatten(-2)
@@ -1169,8 +1173,13 @@ def read_all(names: list[str], read, what: str) -> list:
     return [item for item in items if not isinstance(item, str)]
 
 
-def draws(n: int, batch: int, seed: int, step: int) -> list[int]:
-    """Indices of a step's batch: epoch after epoch, each a permutation given by (seed, epoch)."""
+def draws(n: int, batch: int, seed: int, step: int, odds: Tensor | None = None) -> list[int]:
+    """Indices of a step's batch: epoch after epoch, each a permutation given by (seed, epoch).
+
+    odds (n,): drawn with these instead, a signal once a step as long as there are enough.
+    """
+    if odds is not None:
+        return odds.multinomial(batch, batch > n, generator=generator(seed, step, 11)).tolist()
     first, out = step * batch, []
     while len(out) < batch:
         epoch, offset = divmod(first + len(out), n)
@@ -1379,6 +1388,9 @@ class SceneData:
         self.first = list(itertools.accumulate([0] + self.sizes[:-1]))
         self.images, self.poses, self.focals = (torch.cat(x) for x in zip(*scenes))
         self.side = tuple(self.images.shape[-2:])
+        classes = [folder.split("/")[0] for folder in self.folders]
+        odds = torch.tensor([classes.count(c) ** -cfg.balance for c in classes])
+        self.odds = odds if cfg.balance else None
 
     def __len__(self):
         return len(self.first)
@@ -1397,32 +1409,36 @@ class SceneData:
     def batches(self, device, start=0):
         """Endless training batches (context, query, target) from this step on.
 
-        Every object gives `views` context views and one target view, of which `queries` random
-        rays are taken; in the first epoch half of them hit the object, the foreground ([1]).
+        Every object gives `views` context views, and `queries` random rays of `target_views` other
+        ones (or of as many as there are); in the first epoch half of them hit the object, the
+        foreground ([1]).
         """
         cfg, n, mine = self.cfg, len(self), share(self.cfg.batch_size)
+        seen, most = slice(cfg.views), min(cfg.views + cfg.target_views, *self.counts)
+        rest = slice(cfg.views, most)
         for step in itertools.count(start):
             gens = own_generators(cfg, step)
-            views = torch.stack([
-                self.first[i] + torch.randperm(self.counts[i], generator=g)[: cfg.views + 1]
-                for i, g in zip(draws(n, cfg.batch_size, cfg.seed, step)[mine], gens)])
-            images = self.images[views].float() / 255  # (B, V + 1, 3, H, W)
+            objects = draws(n, cfg.batch_size, cfg.seed, step, self.odds)[mine]
+            views = torch.stack([self.first[i] + torch.randperm(self.counts[i], generator=g)[:most]
+                                 for i, g in zip(objects, gens)])
+            images = self.images[views].float() / 255  # (B, V, 3, H, W): context, then targets
             poses, focals = self.poses[views], self.focals[views]
             if cfg.augment:
                 images, poses = augment_scenes(images, poses, cfg.augment, gens)
-            target = images[:, -1].flatten(2).transpose(1, 2)  # (B, H W, 3)
+            target = images[:, rest].flatten(3).transpose(2, 3).flatten(1, 2)  # (B, M, 3)
             odds = torch.ones(target.shape[:2])
             if step * cfg.batch_size < n:
-                seen = (target.amin(-1) < 1).float()
-                odds = seen / seen.sum(1, keepdim=True).clamp(min=1) + 1 / seen.shape[1]
-            rays = torch.stack([o.multinomial(cfg.queries, generator=g)
-                                for o, g in zip(odds, gens)]).unsqueeze(-1)  # (B, R, 1)
+                hit = (target.amin(-1) < 1).float()
+                odds = hit / hit.sum(1, keepdim=True).clamp(min=1) + 1 / hit.shape[1]
+            rays = torch.stack([p.multinomial(cfg.queries, generator=g)
+                                for p, g in zip(odds, gens)]).unsqueeze(-1)  # (B, R, 1)
             jitter = torch.stack([torch.rand(cfg.queries, 1, generator=g) for g in gens])
-            o, d = (r.flatten(1, 2).gather(1, rays.expand(-1, -1, 3))
-                    for r in camera_rays(poses[:, -1], focals[:, -1], *self.side))
+            o, d = camera_rays(poses[:, rest], focals[:, rest], *self.side)  # (B, V, H, W, 3)
+            o, d, target = (v.gather(1, rays.expand(-1, -1, 3))
+                            for v in (o.flatten(1, 3), d.flatten(1, 3), target))
             query = {"rays_o": o, "rays_d": d, "jitter": jitter}
-            context = {"images": images[:, :-1], "poses": poses[:, :-1], "focals": focals[:, :-1]}
-            target = target.gather(1, rays.expand(-1, -1, 3))
+            context = {"images": images[:, seen], "poses": poses[:, seen],
+                       "focals": focals[:, seen]}
             yield tuple(to_device(x, device) for x in (context, query, target))
 
     def tests(self, device, only=None):
@@ -1570,14 +1586,23 @@ class CurveData:
         return x, y, hyper, n
 
     def batches(self, device, start=0):
-        """Endless training batches (context, query, target) from this step on."""
+        """Endless training batches (context, query, target) from this step on.
+
+        Where the number of targets is given, every curve has 3 to 46 context points of its own and
+        a mask says which: gradients of batches that are all alike would differ more.
+        """
+        cfg, mine = self.cfg, share(self.cfg.batch_size)
         for step in itertools.count(start):
-            gen = generator(self.cfg.seed, step, 3)
+            gen = generator(cfg.seed, step, 3)
             kernel = self.kernels[step % len(self.kernels)]
-            x, y, _, n = self.draw(kernel, self.cfg.batch_size, gen, self.cfg.queries)
-            x, y = (v[share(len(v))].float() for v in (x, y))
-            yield tuple(to_device(v, device) for v in
-                        ({"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]))
+            counts = torch.randint(3, 47, (cfg.batch_size, 1), generator=gen)
+            most = int(counts.max()) if cfg.queries else 0
+            x, y, _, n = self.draw(kernel, cfg.batch_size, gen, cfg.queries, most)
+            x, y = (v[mine].float() for v in (x, y))
+            context = {"x": x[:, :n], "y": y[:, :n]}
+            if cfg.queries:
+                context["mask"] = (torch.arange(n) < counts)[mine]
+            yield tuple(to_device(v, device) for v in (context, {"x": x[:, n:]}, y[:, n:]))
 
     def tests(self, device, batch=16):
         """Seeded sets, float64: (x, y, kernel and hyperparameters or None, context size, label).
@@ -1895,11 +1920,10 @@ def bf16_gain() -> float:
     return bf16 / fp32
 
 
-def choose_device(name: str = "auto", task: str = "image", precision: str = "auto") -> Device:
-    """The device of that name, or the best there is, with the precision that is fastest on it.
+def choose_device(name: str = "auto", precision: str = "auto") -> Device:
+    """The device of that name, or the best there is, with the precision that trains fastest on it.
 
-    precision: "fp32" or "bf16" to decide otherwise. Curves stay in fp32 by themselves: their
-    likelihood asks for means to a fraction of the noise, 0.02.
+    precision: "fp32" or "bf16" to decide otherwise. Scores and pictures are always made in fp32.
     """
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
@@ -1912,8 +1936,6 @@ def choose_device(name: str = "auto", task: str = "image", precision: str = "aut
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if precision != "auto":
         bf16, why = precision == "bf16", "as asked for"
-    elif task == "gp":
-        bf16, why = False, "a likelihood of narrow bands"
     elif name == "mps":
         bf16, why = False, "autocast does not pay on this device"
     elif name == "cuda":
@@ -2554,7 +2576,7 @@ def peak_memory(device: str) -> float:
 
 def bench_cell(cfg: Config, name: str) -> dict:
     """Time of a training step and its share of the machine's peak, memory, encode and decode."""
-    device = choose_device(name, cfg.task)
+    device = choose_device(name)
     run, batch = Run(cfg, device), random_batch(cfg, device.name)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run.update(batch, 0.5)  # the counter does not know every fused kernel of attention
@@ -2649,7 +2671,7 @@ def train(task, model, preset, data, extra, device, precision, out, resume, smok
         given = {"steps": 3, "minutes": 0.0, "batch_size": 2} | given
     cfg = make_config(preset, task, model, **given)
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
-    device = choose_device(device, cfg.task, precision)
+    device = choose_device(device, precision)
     with processes(device.name):
         start_run(cfg, device, data, out, resume, 2 if smoke else 0)
 
