@@ -277,7 +277,7 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
     "vnp-gp": {("gp", "vnp"): dict(
         convs=10, relative=True, dim=128, depth=4, heads=4, head_dim=32, ff_dim=256, freqs=16,
         freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
-        minutes=45.0, batch_size=16, queries=24, lr=5e-4, muon_lr=0.005, beta2=0.95, warmup=200,
+        minutes=85.0, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200,
         decay="linear", clip=1.0)},
 }
 
