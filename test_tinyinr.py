@@ -1218,8 +1218,11 @@ def test_muon_agrees_with_pytorchs_up_to_its_bf16():
 
 def test_device_choices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="cuda.*cpu or auto"):
-        tinyinr.choose_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("cuda", "mps"):
+        with pytest.raises(ValueError, match=f"{name}.*cpu or auto"):
+            tinyinr.choose_device(name)
+    assert tinyinr.choose_device("auto").name == "cpu"
     for gain, dtype in ((2.0, torch.bfloat16), (0.8, None)):
         monkeypatch.setattr(tinyinr, "bf16_gain", lambda: gain)
         assert tinyinr.choose_device("cpu").dtype is dtype
@@ -1229,6 +1232,10 @@ def test_device_choices(monkeypatch):
     device = tinyinr.choose_device("auto")
     torch.set_float32_matmul_precision(before)
     assert (device.name, device.dtype, device.fused) == ("cuda", torch.bfloat16, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = tinyinr.choose_device("auto")
+    assert (device.name, device.dtype, device.fused) == ("mps", None, False)
 
 
 ACCELERATORS = [

@@ -1924,15 +1924,17 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     """The device of that name, or the best there is, with the precision that trains fastest on it.
 
     precision: "fp32" or "bf16" to decide otherwise. Scores and pictures are always made in fp32.
+    Errors: ValueError for an unknown name, or a device that is not there.
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    check_choice("device", name, ("cpu", "cuda", "mps"))
+        name = next(device for device, is_there in there.items() if is_there)
+    check_choice("device", name, there)
+    if not there[name]:
+        raise ValueError(f"device={name!r}, but PyTorch finds none here; use cpu or auto")
     check_choice("precision", precision, ("auto", "fp32", "bf16"))
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device='cuda', but PyTorch finds no GPU here; use cpu or auto")
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if precision != "auto":
         bf16, why = precision == "bf16", "as asked for"
