@@ -38,6 +38,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -1388,9 +1389,11 @@ class SceneData:
         self.first = list(itertools.accumulate([0] + self.sizes[:-1]))
         self.images, self.poses, self.focals = (torch.cat(x) for x in zip(*scenes))
         self.side = tuple(self.images.shape[-2:])
-        classes = [folder.split("/")[0] for folder in self.folders]
-        odds = torch.tensor([classes.count(c) ** -cfg.balance for c in classes])
-        self.odds = odds if cfg.balance else None
+        self.odds = None
+        if cfg.balance:
+            classes = [folder.split("/")[0] for folder in self.folders]
+            sizes = Counter(classes)
+            self.odds = torch.tensor([sizes[c] ** -cfg.balance for c in classes])
 
     def __len__(self):
         return len(self.first)
