@@ -2416,7 +2416,7 @@ def test_metadata_says_what_a_file_is(exported):
     assert meta["opset"] == "18" and json.loads(meta["versions"])["torch"] == torch.__version__
     digest = hashlib.sha256((folder / "gp-vnp.pt").read_bytes()).hexdigest()
     assert meta["checkpoint_sha256"] == digest
-    assert json.loads(meta["inputs"]).keys() == {"tokens", "pool_x", "pool_weight", "x", "eps"}
+    assert json.loads(meta["inputs"]).keys() == {"tokens", "x", "eps"}
     assert json.loads(meta["outputs"]).keys() == {"mean", "std"}
     assert "(row, column)" in meta["conventions"] and "OpenGL" in meta["conventions"]
     official = session(folder / "nvs-vnp-official.decoder.onnx").get_modelmeta()

@@ -127,8 +127,8 @@ class Config:
     hidden: int = 512
     latent: int = 64
     local: bool = False  # tokens know where they lie, and the field reads those around a target
-    latent_pool: str = "context"  # the prior is pooled over the "context" or over the "query"
-    pool_every: int = 8  # pixels between the observations that the prior is pooled over
+    latent_pool: str = "context"  # the prior is pooled over it, the "query", or "tokens"' places
+    pool_every: int = 8  # of so many pixels along a side (or of so many tokens) one is pooled over
     std_power: float = 0.0  # likelihoods: power of a value's std that weighs it
     min_std: float = 0.005  # floor of the predicted standard deviation
     # scenes
@@ -177,16 +177,19 @@ class Config:
                 raise ValueError(f"{field.name}={value} must be from {least} to {most:,}")
         check_choice("task", self.task, COORD_DIM)
         check_choice("model", self.model, MODELS)
-        check_choice("latent_pool", self.latent_pool, ("context", "query"))
+        check_choice("latent_pool", self.latent_pool, ("context", "query", "tokens"))
         check_choice("decay", self.decay, ("step", "linear"))
         check_choice("kernel", self.kernel, (*KERNELS, "all"))
         if self.local and self.task == "nvs" and not self.view_positions:
             raise ValueError("local=True reads views of one size: add view_positions=True")
         if self.relative and (self.task, self.model) != ("gp", "vnp"):
             raise ValueError("relative=True needs tokens in a row: it is for the VNP of curves")
-        if not 1 <= self.pool_every <= self.image_size:
-            raise ValueError(f"pool_every={self.pool_every} must be a number of pixels from 1 to "
-                             f"image_size={self.image_size}")
+        if self.latent_pool == "tokens" and self.task != "gp":
+            raise ValueError('latent_pool="tokens" is for curves; try latent_pool="context"')
+        known = {"tokens": -(-self.grid // self.stride)}.get(self.latent_pool, self.image_size)
+        if not 1 <= self.pool_every <= known:
+            raise ValueError(f"pool_every={self.pool_every} must be from 1 to the number of tokens "
+                             f"of a curve or of pixels along a side, {known}")
         self.context = tuple(float(v) for v in self.context)
         if not 0 <= self.context[0] <= self.context[-1] <= 1 or len(self.context) != 2:
             raise ValueError(f"context={self.context} must be a range within [0, 1]; try 0.05 0.5")
@@ -242,13 +245,13 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=2, ff_dim=512, freqs=8,
             freq_top=32.0, inr_width=64, groups=4, identity_init=True, local=True, minutes=14.8,
             batch_size=8, queries=128, view_positions=True, points_per_ray=16, radius=1.0,
-            density_gain=20.0, color_gain=4.0, target_views=4, balance=0.75, lr=4e-4, muon_lr=0.006,
+            density_gain=20.0, color_gain=4.0, target_views=8, balance=0.75, lr=4e-4, muon_lr=0.006,
             augment="mirror recolor", beta2=0.95, warmup=100, decay="linear"),
         ("gp", "vnp"): dict(
             convs=5, relative=True, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=16,
             freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
-            minutes=9.8, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100,
-            decay="linear", clip=1.0),
+            latent_pool="tokens", pool_every=4, minutes=9.8, batch_size=16, queries=24, lr=1e-3,
+            muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("gp", "transinr"): dict(
             convs=5, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256, freqs=32, freq_top=64.0,
             inr_width=64, groups=4, identity_init=True, local=True, minutes=9.8, batch_size=16,
@@ -278,8 +281,8 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
     "vnp-gp": {("gp", "vnp"): dict(
         convs=10, relative=True, dim=128, depth=4, heads=4, head_dim=32, ff_dim=256, freqs=16,
         freq_top=64.0, cross_depth=2, cross_ff=256, blocks=2, hidden=128, latent=16, local=True,
-        minutes=85.0, batch_size=16, queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=200,
-        decay="linear", clip=1.0)},
+        latent_pool="tokens", pool_every=4, minutes=45.0, batch_size=16, queries=24, lr=6e-4,
+        muon_lr=0.006, beta2=0.95, warmup=200, decay="linear", clip=1.0)},
 }
 
 
@@ -320,13 +323,17 @@ def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int) -> tuple
     Returns origins and directions, (..., H, W, 3); a direction has depth 1 along the camera's
     axis and is not normalised, so that z_vals are depths.
     """
-    x = torch.arange(width, device=poses.device) + 0.5 - width / 2
-    y = torch.arange(height, device=poses.device) + 0.5 - height / 2
-    fx, fy = focals[..., 0, None, None], focals[..., 1, None, None]
-    x, y = torch.broadcast_tensors(x / fx, -y[:, None] / fy)  # (..., H, W): x right, y up
-    d = torch.stack((x, y, -torch.ones_like(x)), -1)
-    d = torch.einsum("...hwc,...rc->...hwr", d, poses[..., :3])
-    return poses[..., None, None, :, 3].expand_as(d), d
+    pixels = torch.arange(height * width, device=poses.device)
+    rays = pixel_rays(poses, focals, height, width, pixels)
+    return tuple(r.unflatten(-2, (height, width)) for r in rays)
+
+
+def pixel_rays(poses, focals, height: int, width: int, pixels) -> tuple[Tensor, Tensor]:
+    """As `camera_rays`, (..., N, 3), but only through these pixels (..., N), counted by rows."""
+    x = (pixels % width + 0.5 - width / 2) / focals[..., :1]  # to the right
+    y = (height / 2 - 0.5 - pixels // width) / focals[..., 1:]  # up
+    d = torch.stack((x, y, -torch.ones_like(x)), -1) @ poses[..., :3].mT
+    return poses[..., None, :, 3].expand_as(d), d
 
 
 def look_at(eye: Tensor) -> Tensor:
@@ -911,6 +918,10 @@ class VNP(nn.Module):
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
         self.register_buffer("line", token_line(cfg) if cfg.local else None, persistent=False)
+        pool = None  # places (K, 1) that the prior is pooled over, whatever the context
+        if cfg.latent_pool == "tokens":
+            pool = token_line(cfg)[cfg.pool_every // 2 :: cfg.pool_every, None]
+        self.register_buffer("pool", pool, persistent=False)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
         """Context -> tokens (B, T, D), and its positions where the prior is pooled over them."""
@@ -959,14 +970,16 @@ class VNP(nn.Module):
     def walk(self, code, query, eps=None, target=None, samples: int = 1):
         """Go through the blocks and draw each latent: z, KL, the query's last features and place.
 
-        The prior is pooled over the context (or the query), the posterior over the targets. The
-        points of both go through the blocks together, with the latents that are drawn on the way.
+        The prior is pooled over the context (or what cfg.latent_pool says), the posterior over the
+        targets. The points of both go through the blocks together, with the latents drawn so far.
         """
         places, weight, tokens = [], None, code["tokens"]  # points (B, K, .) and z_vals of each
         if self.cfg.latent_pool == "context":
             pool = {k[5:]: v for k, v in code.items() if k.startswith("pool_")}
             weight = repeat(pool.pop("weight").unsqueeze(-1), samples)  # (B, N, 1)
             places.append(query_points(self.cfg, pool))
+        elif self.pool is not None:
+            places.append((self.pool.unsqueeze(0), None))
         if target is not None or not places:
             places.append(query_points(self.cfg, query))
         points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in places], 1)
@@ -1389,6 +1402,7 @@ class SceneData:
         self.first = list(itertools.accumulate([0] + self.sizes[:-1]))
         self.images, self.poses, self.focals = (torch.cat(x) for x in zip(*scenes))
         self.side = tuple(self.images.shape[-2:])
+        self.pixels = math.prod(self.side)
         self.odds = None
         if cfg.balance:
             classes = [folder.split("/")[0] for folder in self.folders]
@@ -1424,25 +1438,32 @@ class SceneData:
             objects = draws(n, cfg.batch_size, cfg.seed, step, self.odds)[mine]
             views = torch.stack([self.first[i] + torch.randperm(self.counts[i], generator=g)[:most]
                                  for i, g in zip(objects, gens)])
-            images = self.images[views].float() / 255  # (B, V, 3, H, W): context, then targets
-            poses, focals = self.poses[views], self.focals[views]
+            images, poses, focals = self.images[views], self.poses[views], self.focals[views]
             if cfg.augment:
                 images, poses = augment_scenes(images, poses, cfg.augment, gens)
-            target = images[:, rest].flatten(3).transpose(2, 3).flatten(1, 2)  # (B, M, 3)
-            odds = torch.ones(target.shape[:2])
-            if step * cfg.batch_size < n:
-                hit = (target.amin(-1) < 1).float()
-                odds = hit / hit.sum(1, keepdim=True).clamp(min=1) + 1 / hit.shape[1]
-            rays = torch.stack([p.multinomial(cfg.queries, generator=g)
-                                for p, g in zip(odds, gens)]).unsqueeze(-1)  # (B, R, 1)
+            pick = self.pick(images[:, rest], gens, step * cfg.batch_size < n)  # (B, R)
+            view, pixel = cfg.views + pick // self.pixels, pick % self.pixels
+            which = torch.arange(len(pick))[:, None], view
+            o, d = (r.squeeze(2) for r in pixel_rays(
+                poses[which], focals[which], *self.side, pixel.unsqueeze(2)))
+            target = images.flatten(3)[(*which, slice(None), pixel)].float() / 255  # (B, R, 3)
             jitter = torch.stack([torch.rand(cfg.queries, 1, generator=g) for g in gens])
-            o, d = camera_rays(poses[:, rest], focals[:, rest], *self.side)  # (B, V, H, W, 3)
-            o, d, target = (v.gather(1, rays.expand(-1, -1, 3))
-                            for v in (o.flatten(1, 3), d.flatten(1, 3), target))
             query = {"rays_o": o, "rays_d": d, "jitter": jitter}
-            context = {"images": images[:, seen], "poses": poses[:, seen],
+            context = {"images": images[:, seen].float() / 255, "poses": poses[:, seen],
                        "focals": focals[:, seen]}
             yield tuple(to_device(x, device) for x in (context, query, target))
+
+    def pick(self, images, gens, foreground: bool) -> Tensor:
+        """Random pixels (B, R) of each object's views (B, V, 3, H, W), counted view by view.
+
+        foreground: half of them are not white.
+        """
+        most, count = images.shape[1] * self.pixels, self.cfg.queries
+        if not foreground:
+            return torch.stack([torch.randint(most, (count,), generator=g) for g in gens])
+        hit = (images.amin(2) < 255).flatten(1).float()  # (B, V H W)
+        odds = hit / hit.sum(1, keepdim=True).clamp(min=1) + 1 / most
+        return torch.stack([p.multinomial(count, generator=g) for p, g in zip(odds, gens)])
 
     def tests(self, device, only=None):
         """Every object's other views from its first ones: (context, query, target, class)."""
@@ -1970,18 +1991,20 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(m, group["momentum"])  # Nesterov's
-                shapes.setdefault(p.shape, []).append((p, update))
-            for (rows, cols), pairs in shapes.items():
-                u = torch.stack([update if rows <= cols else update.T for _, update in pairs])
+                wide = p.grad.lerp(m, group["momentum"])  # Nesterov's
+                wide = wide if p.shape[0] <= p.shape[1] else wide.T
+                shapes.setdefault(wide.shape, []).append((p, wide))
+            for pairs in shapes.values():
+                u = torch.stack([wide for _, wide in pairs])
                 u = (u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self.dtype)
                 for _ in range(5):
                     a = u @ u.mT
                     b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
                     u = torch.baddbmm(u, b, u, beta=3.4445)
-                scale = group["lr"] * max(1, rows / cols) ** 0.5
-                for (p, _), update in zip(pairs, u):
-                    p.sub_(update if rows <= cols else update.T, alpha=scale)
+                for (p, _), wide in zip(pairs, u):
+                    rows, cols = p.shape
+                    p.sub_(wide if rows <= cols else wide.T,
+                           alpha=group["lr"] * max(1, rows / cols) ** 0.5)
 
 
 def optimizers(model: nn.Module, cfg: Config, device: Device) -> list[torch.optim.Optimizer]:
