@@ -561,6 +561,21 @@ def test_latents_drawn_once_give_the_same_values_as_noise(task):
     torch.testing.assert_close(again, kl)
 
 
+def test_a_prior_of_the_tokens_places_is_that_of_a_query_there():
+    """Same weights, asked at every third token's place: the official way to pool."""
+    model, (context, query) = tiny("gp", "vnp", latent_pool="tokens", pool_every=3), signals("gp")
+    asked = tiny("gp", "vnp", latent_pool="query")
+    asked.load_state_dict(model.state_dict())
+    code, eps = model.encode(context), torch.randn(2, 3, 1, 5)
+    assert code.keys() == {"tokens"}
+    places = tinyinr.token_line(model.cfg)[1::3].view(1, -1, 1).expand(3, -1, -1)
+    z, _ = model.latents(code, query, eps)
+    torch.testing.assert_close(z, asked.latents(code, {"x": places}, eps)[0])
+    assert (z - asked.latents(code, query, eps)[0]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match='"tokens" is for curves; try latent_pool="context"'):
+        Config(latent_pool="tokens")
+
+
 def test_samples_side_by_side_equal_draws_one_by_one():
     model, (context, query) = tiny("gp", "vnp"), signals("gp")
     code, eps = model.encode(context), torch.randn(2, 3 * 4, 1, 5)
