@@ -200,6 +200,15 @@ def test_a_ray_goes_through_the_pixel_that_sees_the_point():
     torch.testing.assert_close(o[0, 0] + depth * exact, point, atol=1e-5, rtol=0)
 
 
+def test_rays_through_picked_pixels_are_those_of_the_whole_view():
+    cameras, focals = poses(2, 3), rand(2, 3, 2) + 10
+    o, d = (r.flatten(2, 3) for r in tinyinr.camera_rays(cameras, focals, 5, 7))
+    pick = torch.randint(35, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    for want, got in zip((o, d), tinyinr.pixel_rays(cameras, focals, 5, 7, pick)):
+        want = want.gather(2, pick.unsqueeze(-1).expand(-1, -1, -1, 3))
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
 def test_opencv_poses_see_the_same_point_in_the_same_pixel():
     pose = poses(1)[0]
     opencv = pose.clone()

@@ -323,15 +323,19 @@ def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int) -> tuple
     Returns origins and directions, (..., H, W, 3); a direction has depth 1 along the camera's
     axis and is not normalised, so that z_vals are depths.
     """
-    pixels = torch.arange(height * width, device=poses.device)
-    rays = pixel_rays(poses, focals, height, width, pixels)
-    return tuple(r.unflatten(-2, (height, width)) for r in rays)
+    x = torch.arange(width, device=poses.device) + 0.5 - width / 2
+    y = torch.arange(height, device=poses.device) + 0.5 - height / 2
+    fx, fy = focals[..., 0, None, None], focals[..., 1, None, None]
+    x, y = torch.broadcast_tensors(x / fx, -y[:, None] / fy)  # (..., H, W): x right, y up
+    d = torch.stack((x, y, -torch.ones_like(x)), -1)
+    d = torch.einsum("...hwc,...rc->...hwr", d, poses[..., :3])
+    return poses[..., None, None, :, 3].expand_as(d), d
 
 
 def pixel_rays(poses, focals, height: int, width: int, pixels) -> tuple[Tensor, Tensor]:
     """As `camera_rays`, (..., N, 3), but only through these pixels (..., N), counted by rows."""
-    x = (pixels % width + 0.5 - width / 2) / focals[..., :1]  # to the right
-    y = (height / 2 - 0.5 - pixels // width) / focals[..., 1:]  # up
+    x = (pixels % width + 0.5 - width / 2) / focals[..., :1]
+    y = (pixels // width + 0.5 - height / 2) / -focals[..., 1:]
     d = torch.stack((x, y, -torch.ones_like(x)), -1) @ poses[..., :3].mT
     return poses[..., None, :, 3].expand_as(d), d
 
