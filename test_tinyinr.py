@@ -2165,7 +2165,8 @@ EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
     "gp-transinr": (dict(task="gp", model="transinr"), []),
     "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
-    "gp-vnp-fused": (dict(task="gp", model="vnp"), ["--fused"]),
+    "gp-vnp-fused": (dict(task="gp", model="vnp", latent_pool="tokens", pool_every=3),
+                     ["--fused"]),
     "image-transinr-again": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
     "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
 }
@@ -2440,7 +2441,7 @@ def test_metadata_says_what_a_file_is(exported):
     assert meta["opset"] == "18" and json.loads(meta["versions"])["torch"] == torch.__version__
     digest = hashlib.sha256((folder / "gp-vnp.pt").read_bytes()).hexdigest()
     assert meta["checkpoint_sha256"] == digest
-    assert json.loads(meta["inputs"]).keys() == {"tokens", "x", "eps"}
+    assert json.loads(meta["inputs"]).keys() == {"tokens", "pool_x", "pool_weight", "x", "eps"}
     assert json.loads(meta["outputs"]).keys() == {"mean", "std"}
     assert "(row, column)" in meta["conventions"] and "OpenGL" in meta["conventions"]
     official = session(folder / "nvs-vnp-official.decoder.onnx").get_modelmeta()
