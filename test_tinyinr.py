@@ -1005,6 +1005,23 @@ def test_training_rays_are_those_of_other_views(tmp_path, targets):
             assert ((eyes - context["poses"][i, :, :, 3]).norm(dim=-1) > 1e-3).all()
 
 
+def test_scenes_without_a_number_of_rays_give_each_of_them_once(tmp_path):
+    balls(tmp_path, "01", "2")
+    cfg = scene_config(queries=0, target_views=3)
+    query = next(tinyinr.SceneData(cfg, tmp_path).batches("cpu"))[1]
+    rays = torch.cat((query["rays_o"], query["rays_d"]), -1)
+    assert rays.shape == (2, 3 * 16 * 16, 6) and query["jitter"].shape == (2, 3 * 16 * 16, 1)
+    assert all(len(r.unique(dim=0)) == len(r) for r in rays)
+
+
+@pytest.mark.parametrize("stride", (1, 2, 3, 4))
+@pytest.mark.parametrize("grid", (24, 25, 26))
+def test_any_stride_gives_the_tokens_that_the_config_counts(stride, grid):
+    model = tiny("gp", "vnp", grid=grid, stride=stride)
+    tokens = model.encode({"x": rand(1, 5, 1), "y": rand(1, 5, 1)})["tokens"]
+    assert tokens.shape[1] == model.cfg.tokens == len(tinyinr.token_line(model.cfg))
+
+
 def test_a_batch_of_curves_has_contexts_of_every_size():
     """Its mask tells which points are context; none of the targets is among them."""
     data = tinyinr.CurveData(Config(task="gp", batch_size=16, queries=24, **SIZES))

@@ -186,7 +186,7 @@ class Config:
             raise ValueError("relative=True needs tokens in a row: it is for the VNP of curves")
         if self.latent_pool == "tokens" and self.task != "gp":
             raise ValueError('latent_pool="tokens" is for curves; try latent_pool="context"')
-        known = {"tokens": -(-self.grid // self.stride)}.get(self.latent_pool, self.image_size)
+        known = self.side if self.latent_pool == "tokens" else self.image_size
         if not 1 <= self.pool_every <= known:
             raise ValueError(f"pool_every={self.pool_every} must be from 1 to the number of tokens "
                              f"of a curve or of pixels along a side, {known}")
@@ -206,16 +206,15 @@ class Config:
 
     @property
     def side(self) -> int:
-        """How many tokens there are along a side of a picture or view."""
+        """How many tokens there are along a side of a picture or view, or along a curve."""
+        if self.task == "gp":
+            return -(-self.grid // self.stride)
         return (self.image_size + 2 * self.padding) // self.patch // self.merge
 
     @property
     def tokens(self) -> int:
         """How many tokens the Transformer reads: of the context, and the INR's weights."""
-        if self.task == "gp":
-            context = -(-self.grid // self.stride)
-        else:
-            context = self.side**2
+        context = self.side if self.task == "gp" else self.side**2
         if self.task == "nvs":
             context = self.lattice**3 if self.local else context * self.views
         layers = [self.inr_width] * (self.inr_depth - 1) + [self.out_dim]
@@ -316,6 +315,13 @@ def pixel_grid(height: int, width: int, device=None) -> Tensor:
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
 
 
+def rays_through(poses, x, y) -> tuple[Tensor, Tensor]:
+    """Rays (..., N, 3) of cameras (..., 3, 4) through offsets x right, y up at depth 1, (..., N)."""
+    x, y = torch.broadcast_tensors(x, y)
+    d = torch.stack((x, y, -torch.ones_like(x)), -1) @ poses[..., :3].mT
+    return poses[..., None, :, 3].expand_as(d), d
+
+
 def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Rays through the pixel centres of pinhole cameras.
 
@@ -326,18 +332,14 @@ def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int) -> tuple
     x = torch.arange(width, device=poses.device) + 0.5 - width / 2
     y = torch.arange(height, device=poses.device) + 0.5 - height / 2
     fx, fy = focals[..., 0, None, None], focals[..., 1, None, None]
-    x, y = torch.broadcast_tensors(x / fx, -y[:, None] / fy)  # (..., H, W): x right, y up
-    d = torch.stack((x, y, -torch.ones_like(x)), -1)
-    d = torch.einsum("...hwc,...rc->...hwr", d, poses[..., :3])
-    return poses[..., None, None, :, 3].expand_as(d), d
+    return rays_through(poses.unsqueeze(-3), x / fx, -y[:, None] / fy)
 
 
 def pixel_rays(poses, focals, height: int, width: int, pixels) -> tuple[Tensor, Tensor]:
     """As `camera_rays`, (..., N, 3), but only through these pixels (..., N), counted by rows."""
     x = (pixels % width + 0.5 - width / 2) / focals[..., :1]
-    y = (pixels // width + 0.5 - height / 2) / -focals[..., 1:]
-    d = torch.stack((x, y, -torch.ones_like(x)), -1) @ poses[..., :3].mT
-    return poses[..., None, :, 3].expand_as(d), d
+    y = (pixels // width + 0.5 - height / 2) / focals[..., 1:]
+    return rays_through(poses, x, -y)
 
 
 def look_at(eye: Tensor) -> Tensor:
@@ -555,9 +557,9 @@ class SetTokenizer(nn.Module):
         spread = [2 ** (i % 5) for i in range(cfg.convs)]
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2 * n, dilation=n)
                                    for n in spread)
-        self.conv2 = nn.Conv1d(width, cfg.dim, cfg.stride + 1, cfg.stride, padding=cfg.stride // 2)
+        self.conv2 = nn.Conv1d(width, cfg.dim, cfg.stride | 1, cfg.stride, padding=cfg.stride // 2)
         std = 0.02 if cfg.relative else 1.0  # where attention knows distances, places matter less
-        self.pos = nn.Parameter(std * torch.randn(-(-cfg.grid // cfg.stride), cfg.dim))
+        self.pos = nn.Parameter(std * torch.randn(cfg.side, cfg.dim))
 
     def set_conv(self, x, y, mask=None):
         """Kernel regression of the set on the grid, (B, 4 S, G) at S scales."""
@@ -1431,8 +1433,8 @@ class SceneData:
         """Endless training batches (context, query, target) from this step on.
 
         Every object gives `views` context views, and `queries` random rays of `target_views` other
-        ones (or of as many as there are); in the first epoch half of them hit the object, the
-        foreground ([1]).
+        ones (or of as many as there are), or all of them; in the first epoch half of the random
+        ones hit the object, the foreground ([1]).
         """
         cfg, n, mine = self.cfg, len(self), share(self.cfg.batch_size)
         seen, most = slice(cfg.views), min(cfg.views + cfg.target_views, *self.counts)
@@ -1451,7 +1453,7 @@ class SceneData:
             o, d = (r.squeeze(2) for r in pixel_rays(
                 poses[which], focals[which], *self.side, pixel.unsqueeze(2)))
             target = images.flatten(3)[(*which, slice(None), pixel)].float() / 255  # (B, R, 3)
-            jitter = torch.stack([torch.rand(cfg.queries, 1, generator=g) for g in gens])
+            jitter = torch.stack([torch.rand(pick.shape[1], 1, generator=g) for g in gens])
             query = {"rays_o": o, "rays_d": d, "jitter": jitter}
             context = {"images": images[:, seen].float() / 255, "poses": poses[:, seen],
                        "focals": focals[:, seen]}
@@ -1463,11 +1465,14 @@ class SceneData:
         foreground: half of them are not white.
         """
         most, count = images.shape[1] * self.pixels, self.cfg.queries
+        if not count:
+            return torch.arange(most).expand(len(gens), most)
         if not foreground:
             return torch.stack([torch.randint(most, (count,), generator=g) for g in gens])
         hit = (images.amin(2) < 255).flatten(1).float()  # (B, V H W)
         odds = hit / hit.sum(1, keepdim=True).clamp(min=1) + 1 / most
-        return torch.stack([p.multinomial(count, generator=g) for p, g in zip(odds, gens)])
+        return torch.stack([p.multinomial(count, count > most, generator=g)
+                            for p, g in zip(odds, gens)])
 
     def tests(self, device, only=None):
         """Every object's other views from its first ones: (context, query, target, class)."""
@@ -2585,12 +2590,15 @@ def random_batch(cfg: Config, device: str):
         if cfg.masked:
             context["mask"] = (rand(b, 1, n, n) < 0.5).float()
     else:
-        pose, m = look_at(torch.tensor([0.0, -4.0, 0.0])), cfg.queries or 128
-        context = {"images": rand(b, cfg.views, 3, n, n), "poses": pose.expand(b, cfg.views, 3, 4),
-                   "focals": torch.full((b, cfg.views, 2), 2.0 * n)}
-        rays = camera_rays(pose[None], torch.full((1, 2), 2.0 * n), n, n)
-        rays_o, rays_d = (v.view(1, -1, 3)[:, :m].expand(b, -1, 3) for v in rays)
-        query = {"rays_o": rays_o, "rays_d": rays_d}
+        m = cfg.queries or cfg.target_views * n * n
+        pose = look_at(torch.tensor([0.0, -4.0, 0.0])).expand(b, 1, 3, 4)
+        focals = torch.full((b, 1, 2), 2.0 * n)
+        context = {"images": rand(b, cfg.views, 3, n, n),
+                   "poses": pose.expand(b, cfg.views, 3, 4),
+                   "focals": focals.expand(b, cfg.views, 2)}
+        pixels = (rand(b, m) * n * n).long()
+        o, d = pixel_rays(pose[:, 0], focals[:, 0], n, n, pixels)
+        query = {"rays_o": o, "rays_d": d}
     target = rand(b, m, VALUE_DIM[cfg.task] if cfg.task != "nvs" else 3)
     return tuple(to_device(v, device) for v in (context, query, target))
 
