@@ -316,7 +316,7 @@ def pixel_grid(height: int, width: int, device=None) -> Tensor:
 
 
 def rays_through(poses, x, y) -> tuple[Tensor, Tensor]:
-    """Rays (..., N, 3) of cameras (..., 3, 4) through offsets x right, y up at depth 1, (..., N)."""
+    """Rays (..., N, 3) of cameras (..., 3, 4) through x right, y up at depth 1, both (..., N)."""
     x, y = torch.broadcast_tensors(x, y)
     d = torch.stack((x, y, -torch.ones_like(x)), -1) @ poses[..., :3].mT
     return poses[..., None, :, 3].expand_as(d), d
