@@ -75,6 +75,7 @@ def tiny(task, model, **given) -> torch.nn.Module:
         "gp": dict(grid=48, freq_top=16.0),
     }[task]
     shape |= dict(local=True, lattice=3)
+    shape |= dict(upsample=2) if (task, model) == ("image", "vnp") else {}
     return build(Config(task=task, model=model, **SIZES | shape | given)).eval()
 
 
@@ -350,6 +351,33 @@ def test_the_tokens_around_a_target_interpolate_linearly(task):
     assert ((weights > 0).sum(-1) <= 2**axes).all()
 
 
+@pytest.mark.parametrize("axes", (1, 2, 3))
+def test_interpolating_equals_hat_functions_and_goes_on_as_at_the_border(axes):
+    line = torch.linspace(-0.8, 0.6, 6)
+    values, points = rand(2, 6**axes, 5), 1.4 * rand(2, 40, axes, seed=1) - 0.8
+    want = tinyinr.around(points, line) @ values
+    torch.testing.assert_close(tinyinr.interpolate(values, points, line), want)
+    places = torch.cartesian_prod(*[line] * axes).view(1, -1, axes)
+    torch.testing.assert_close(tinyinr.interpolate(values, places, line), values)
+    beyond = 4 * points
+    want = tinyinr.interpolate(values, beyond.clamp(-0.8, 0.6), line)
+    torch.testing.assert_close(tinyinr.interpolate(values, beyond, line), want)
+
+
+@pytest.mark.parametrize("upsample", (2, 3))
+def test_spread_tokens_equal_a_transposed_convolution_and_a_sampled_grid(upsample):
+    model = tiny("image", "vnp", upsample=upsample)
+    tokens, points = rand(2, 16, 32), 2 * rand(2, 30, 2, seed=1) - 1
+    kernel = model.spread.weight.view(32, upsample, upsample, 32).permute(3, 0, 1, 2)
+    bias = model.spread.bias.view(1, 32, upsample, upsample).tile(1, 1, 4, 4)
+    grid = torch.conv_transpose2d(tokens.mT.unflatten(2, (4, 4)), kernel, stride=upsample) + bias
+    want = torch.nn.functional.grid_sample(  # takes (column, row)
+        grid, points.flip(-1).unsqueeze(2), padding_mode="border", align_corners=False
+    )
+    got = model.surroundings(tokens, points)
+    torch.testing.assert_close(got, want.squeeze(3).mT, atol=1e-5, rtol=1e-5)
+
+
 def test_a_place_in_space_starts_from_what_the_views_show_there():
     """Where tokens hold their row and column, a place on a pixel's ray reads that pixel's."""
     lattice, cameras = tiny("nvs", "transinr").tokenizer.lattice, poses(3, 2)
@@ -583,6 +611,12 @@ def test_a_prior_of_the_tokens_places_is_that_of_a_query_there():
     assert (z - asked.latents(code, query, eps)[0]).abs().max() > 1e-4
     with pytest.raises(ValueError, match='"tokens" is for curves; try latent_pool="context"'):
         Config(latent_pool="tokens")
+
+
+def test_only_the_vnp_of_images_spreads_its_tokens():
+    for cell in (dict(task="gp", model="vnp", local=True), dict(local=True), dict(model="vnp")):
+        with pytest.raises(ValueError, match="upsample=2 spreads the tokens of a picture"):
+            Config(**cell, upsample=2)
 
 
 def test_samples_side_by_side_equal_draws_one_by_one():
@@ -2176,7 +2210,7 @@ def test_the_pretrained_image_model_has_the_score_that_is_written_beside_it():
 SURFACE = dict(radius=1.0, density_gain=20.0, color_gain=4.0, view_positions=True)
 EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
     "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
-    "image-vnp": (dict(task="image", model="vnp", context=(0.1, 0.5), merge=2), []),
+    "image-vnp": (dict(task="image", model="vnp", context=(0.1, 0.5), merge=2, upsample=3), []),
     "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
     "nvs-vnp": (dict(task="nvs", model="vnp", **SURFACE), ["--opset", "18"]),
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),

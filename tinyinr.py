@@ -78,7 +78,7 @@ LIMITS = {  # smallest and largest value of Config's whole numbers; the others: 
     **dict.fromkeys(("dim", "heads", "head_dim", "ff_dim", "image_size", "patch", "merge", "grid",
                      "grid_scales", "stride", "freqs", "inr_width", "groups", "cross_heads",
                      "cross_ff", "hidden", "latent", "pool_every", "views", "batch_size",
-                     "accumulate", "target_views"), (1, 2**20)),
+                     "accumulate", "target_views"), (1, 2**20)), "upsample": (1, 64),
     **dict.fromkeys(("depth", "cross_depth", "blocks"), (0, 1024)), "inr_depth": (1, 1024),
     "convs": (0, 16), "lattice": (2, 64),
     "points_per_ray": (2, 2**20), "steps": (0, 2**40), "seed": (-(2**63), 2**64 - 1),
@@ -127,6 +127,7 @@ class Config:
     hidden: int = 512
     latent: int = 64
     local: bool = False  # tokens know where they lie, and the field reads those around a target
+    upsample: int = 1  # images, local: a token is spread over upsample x upsample places
     latent_pool: str = "context"  # the prior is pooled over it, the "query", or "tokens"' places
     pool_every: int = 8  # of so many pixels along a side (or of so many tokens) one is pooled over
     std_power: float = 0.0  # likelihoods: power of a value's std that weighs it
@@ -184,6 +185,9 @@ class Config:
             raise ValueError("local=True reads views of one size: add view_positions=True")
         if self.relative and (self.task, self.model) != ("gp", "vnp"):
             raise ValueError("relative=True needs tokens in a row: it is for the VNP of curves")
+        if self.upsample > 1 and (self.task, self.model, self.local) != ("image", "vnp", True):
+            raise ValueError(f"upsample={self.upsample} spreads the tokens of a picture around a "
+                             "target: it is for the VNP of images with local=True")
         if self.latent_pool == "tokens" and self.task != "gp":
             raise ValueError('latent_pool="tokens" is for curves; try latent_pool="context"')
         known = self.side if self.latent_pool == "tokens" else self.image_size
@@ -257,10 +261,10 @@ PRESETS = {  # name -> {(task, model): what differs from the defaults}; its firs
             queries=24, lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=100, decay="linear", clip=1.0),
         ("image", "vnp"): dict(
             image_size=64, patch=4, padding=0, merge=2, dim=128, depth=3, heads=4, head_dim=32,
-            ff_dim=256, freqs=32, freq_top=32.0, cross_depth=1, cross_ff=128, blocks=2, hidden=128,
-            latent=32, local=True, min_std=0.05, minutes=9.8, batch_size=16, queries=192,
+            ff_dim=256, freqs=32, freq_top=32.0, cross_depth=0, blocks=2, hidden=64, latent=32,
+            local=True, upsample=4, min_std=0.05, minutes=9.8, batch_size=8, queries=192,
             context=(0.1, 1.0), lr=1e-3, muon_lr=0.01, beta2=0.95, warmup=50, decay="linear",
-            clip=1.0, flip=True),
+            flip=True),
         ("nvs", "vnp"): dict(
             image_size=64, patch=8, padding=0, dim=128, depth=3, heads=4, head_dim=32, ff_dim=256,
             freqs=10, freq_top=64.0, cross_depth=1, cross_ff=256, blocks=2, hidden=128, latent=32,
@@ -504,6 +508,26 @@ def around(points: Tensor, line: Tensor) -> Tensor:
     for axis in rest:
         first = (first.unsqueeze(-1) * axis.unsqueeze(-2)).flatten(-2)
     return first
+
+
+def interpolate(values: Tensor, points: Tensor, line: Tensor) -> Tensor:
+    """Values (B, n^C, D) of a regular grid's places at points (B, K, C), linearly: (B, K, D).
+
+    line (n,): where the places lie along every axis; beyond them it is as at the border. As
+    `around(points, line) @ values`, but every point reads its 2^C neighbours only.
+    """
+    n, dim = len(line), points.shape[-1]
+    at = ((points - line[0]) / (line[1] - line[0])).clamp(0, n - 1)
+    low = at.floor().clamp(max=n - 2)
+    first = torch.arange(len(values), device=values.device)[:, None] * n**dim
+    table, out = values.flatten(0, 1), 0
+    for corner in itertools.product((0, 1), repeat=dim):
+        place, index = low + low.new_tensor(corner), 0
+        weight = (1 - (at - place).abs()).prod(-1, keepdim=True)  # (B, K, 1)
+        for axis in place.long().unbind(-1):
+            index = index * n + axis
+        out = out + weight * F.embedding(index + first, table)
+    return out
 
 
 class PatchTokenizer(nn.Module):
@@ -923,7 +947,9 @@ class VNP(nn.Module):
         self.head = mlp(cfg.dim, cfg.dim, cfg.out_dim)
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
-        self.register_buffer("line", token_line(cfg) if cfg.local else None, persistent=False)
+        line = token_line(cfg) if cfg.upsample == 1 else pixel_grid(cfg.side * cfg.upsample, 1)[:, 0]
+        self.register_buffer("line", line if cfg.local else None, persistent=False)
+        self.spread = nn.Linear(cfg.dim, cfg.dim * cfg.upsample**2) if cfg.upsample > 1 else None
         pool = None  # places (K, 1) that the prior is pooled over, whatever the context
         if cfg.latent_pool == "tokens":
             pool = token_line(cfg)[cfg.pool_every // 2 :: cfg.pool_every, None]
@@ -968,10 +994,22 @@ class VNP(nn.Module):
     def features(self, tokens, points, samples: int = 1) -> tuple[Tensor, Tensor]:
         """What the points read from the tokens and their embedding, both (B samples, K, D)."""
         e = self.embed(positional_encoding(points, self.freqs)).expand(len(tokens), -1, -1)
-        f = torch.zeros_like(e) if self.line is None else around(points, self.line) @ tokens
+        f = torch.zeros_like(e) if self.line is None else self.surroundings(tokens, points)
         for block in self.cross:
             f = block(f, e, tokens)
         return repeat(self.enhance(f), samples), repeat(e, samples)
+
+    def surroundings(self, tokens, points):
+        """What lies around the points, (B, K, D): tokens, linearly interpolated (cfg.local).
+
+        cfg.upsample = u > 1: not the tokens, but the u x u places that each is spread to.
+        """
+        if self.spread is None:
+            return around(points, self.line) @ tokens
+        side = (self.cfg.side, self.cfg.side)
+        places = self.spread(tokens).mT.unflatten(2, side)  # (B, D u u, n, n)
+        places = F.pixel_shuffle(places, self.cfg.upsample).flatten(2).mT  # (B, n u n u, D)
+        return interpolate(places, points, self.line)
 
     def walk(self, code, query, eps=None, target=None, samples: int = 1):
         """Go through the blocks and draw each latent: z, KL, the query's last features and place.
@@ -2591,13 +2629,11 @@ def random_batch(cfg: Config, device: str):
             context["mask"] = (rand(b, 1, n, n) < 0.5).float()
     else:
         m = cfg.queries or cfg.target_views * n * n
-        pose = look_at(torch.tensor([0.0, -4.0, 0.0])).expand(b, 1, 3, 4)
-        focals = torch.full((b, 1, 2), 2.0 * n)
+        pose, focals = look_at(torch.tensor([0.0, -4.0, 0.0])), torch.full((2,), 2.0 * n)
         context = {"images": rand(b, cfg.views, 3, n, n),
                    "poses": pose.expand(b, cfg.views, 3, 4),
                    "focals": focals.expand(b, cfg.views, 2)}
-        pixels = (rand(b, m) * n * n).long()
-        o, d = pixel_rays(pose[:, 0], focals[:, 0], n, n, pixels)
+        o, d = pixel_rays(pose.expand(b, 3, 4), focals, n, n, (rand(b, m) * n * n).long())
         query = {"rays_o": o, "rays_d": d}
     target = rand(b, m, VALUE_DIM[cfg.task] if cfg.task != "nvs" else 3)
     return tuple(to_device(v, device) for v in (context, query, target))
