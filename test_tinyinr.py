@@ -1923,6 +1923,20 @@ def test_a_csv_becomes_a_plot(tmp_path):
     assert Image.open(tmp_path / "o.png").size == (240, 160)
 
 
+@pytest.mark.parametrize("points, columns", ((46, 1), (47, 2), (200, 3)))
+def test_a_long_series_is_plotted_stretch_by_stretch(points, columns):
+    model, order = tiny("gp", "vnp"), torch.randperm(points)
+    x = torch.arange(points, dtype=torch.float64).view(-1, 1)
+    y = (x / 9).sin()
+    picture = np.asarray(tinyinr.render_curve(model, x[order], y[order], 120))
+    count = -(-points // 46)
+    for i, part in enumerate(torch.arange(points).tensor_split(count)):
+        top, left = i // columns * (80 + 4), i % columns * (120 + 4)
+        want = tinyinr.curve_picture(model, *tinyinr.standardise(x[part], y[part]), size=(120, 80))
+        np.testing.assert_array_equal(picture[top : top + 80, left : left + 120], want)
+    assert picture.shape[1] == columns * 124 - 4
+
+
 def test_a_series_is_scored_beside_a_fitted_gp(tmp_path):
     model = tiny("gp", "vnp")
     config = vars(model.cfg) | {"context": [1.0, 1.0]}

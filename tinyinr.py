@@ -485,14 +485,14 @@ class CrossBlock(nn.Module):
 def token_line(cfg: Config) -> Tensor:
     """Where tokens lie along every axis of the field's coordinates, (n,) (cfg.local).
 
-    Curves and pictures: those of the context. Scenes: a lattice whose hat functions end where the
-    sphere does that bounds the scene.
+    Curves and pictures: those of the context, or the places that each is spread to (cfg.upsample).
+    Scenes: a lattice whose hat functions end where the sphere does that bounds the scene.
     """
     if cfg.task == "gp":
         return torch.linspace(-cfg.grid_range, cfg.grid_range, cfg.grid)[:: cfg.stride]
     if cfg.task == "nvs":
         return (cfg.radius or 1.0) * torch.linspace(-1, 1, cfg.lattice + 2)[1:-1]
-    return pixel_grid(cfg.side, 1)[:, 0]
+    return pixel_grid(cfg.side * cfg.upsample, 1)[:, 0]
 
 
 def around(points: Tensor, line: Tensor) -> Tensor:
@@ -947,8 +947,7 @@ class VNP(nn.Module):
         self.head = mlp(cfg.dim, cfg.dim, cfg.out_dim)
         freqs = frequencies(COORD_DIM[cfg.task], cfg.freqs, cfg.freq_top)
         self.register_buffer("freqs", freqs, persistent=False)
-        line = token_line(cfg) if cfg.upsample == 1 else pixel_grid(cfg.side * cfg.upsample, 1)[:, 0]
-        self.register_buffer("line", line if cfg.local else None, persistent=False)
+        self.register_buffer("line", token_line(cfg) if cfg.local else None, persistent=False)
         self.spread = nn.Linear(cfg.dim, cfg.dim * cfg.upsample**2) if cfg.upsample > 1 else None
         pool = None  # places (K, 1) that the prior is pooled over, whatever the context
         if cfg.latent_pool == "tokens":
@@ -2512,6 +2511,19 @@ def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320))
     return np.asarray(picture)
 
 
+def render_curve(model, x, y, width: int, most: int = 46) -> Image.Image:
+    """Plot of a series (N, 1), scaled to the training curves; of a long one several, row by row.
+
+    Each then shows a stretch of up to `most` neighbouring points, what a context had in training.
+    """
+    count = -(-len(x) // most)
+    stretches = x[:, 0].argsort(stable=True).tensor_split(count)
+    pictures = [curve_picture(model, *standardise(x[i], y[i]), size=(width, width * 2 // 3))
+                for i in stretches]
+    columns = math.isqrt(count - 1) + 1
+    return sheet([pictures[i : i + columns] for i in range(0, count, columns)])
+
+
 def read_context(model, path) -> dict:
     """A photo as the context of a model of images, cropped to a square of the size it reads."""
     size = model.cfg.image_size
@@ -2886,15 +2898,15 @@ def render(ckpt, source, out, size, tto, views, device):
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, CSV -> plot.
 
     An object is a folder with transforms.json of one or more posed views, or such a folder within
-    a zip, as set.zip/class/id. An OUT without a suffix becomes a folder of PNGs.
+    a zip, as set.zip/class/id. An OUT without a suffix becomes a folder of PNGs. A series is two
+    columns x,y; a long one becomes several plots, each of up to 46 neighbouring points.
     """
     model = load(ckpt, choose_device(device).name)
     model.cfg = replace(model.cfg, views=views or model.cfg.views)
     if model.cfg.task == "image":
         save_picture(render_image(model, source, size, tto), out)
     elif model.cfg.task == "gp":
-        x, y = standardise(*read_csv(source))
-        save_picture(Image.fromarray(curve_picture(model, x, y, size=(size, size * 2 // 3))), out)
+        save_picture(render_curve(model, *read_csv(source), size), out)
     else:
         first, *rest = frames = render_scene(model, *find_scene(source), size, tto=tto)
         if Path(out).suffix:
