@@ -5,6 +5,8 @@ python test_tinyinr.py --device cuda             # all, the commands on that dev
 python test_tinyinr.py --thorough -k thoroughly  # kill loop, fuzzing and long runs: an hour
 """
 
+import ast
+import bisect
 import ctypes
 import hashlib
 import importlib
@@ -142,6 +144,26 @@ def length(request):
 def no_grad():
     with torch.no_grad():
         yield
+
+
+# ------------------------------------------------------------------------- the file
+
+
+def test_sections_depend_on_those_above_them_only():
+    """Read from top to bottom, a function meets no name that a later section defines."""
+    source = (ROOT / "tinyinr.py").read_text()
+    banners = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# -----")]
+    section, body = {}, ast.parse(source).body
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        names = [n for t in targets for n in ([t] if t is node else ast.walk(t))]
+        for name in (getattr(n, "name", getattr(n, "id", None)) for n in names):
+            section[name] = bisect.bisect(banners, node.lineno)
+    assert {"inr", "TransINR", "VNP", "train", "DATASETS"} <= section.keys() and len(banners) > 15
+    later = [(node.name, n.id) for node in body if hasattr(node, "name") for n in ast.walk(node)
+             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+             and section.get(n.id, 0) > section[node.name]]
+    assert later == []
 
 
 # ------------------------------------------------------------------------- config and presets

@@ -1255,6 +1255,13 @@ def own_generators(cfg: Config, step: int) -> list[torch.Generator]:
     return [generator(cfg.seed, step, 8, j) for j in range(cfg.batch_size)[share(cfg.batch_size)]]
 
 
+def to_device(x, device):
+    """A tensor, or a dict of tensors, on `device`; a copy to a GPU does not wait."""
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    return x.to(device, non_blocking=True)
+
+
 CELEBA = {"train": (1, 162770), "val": (162771, 182637), "test": (182638, 202599)}  # ids
 
 
@@ -1707,13 +1714,6 @@ class CurveData:
 
 
 DATASETS = {"image": ImageData, "nvs": SceneData, "gp": CurveData}
-
-
-def to_device(x, device):
-    """A tensor, or a dict of tensors, on `device`; a copy to a GPU does not wait."""
-    if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
-    return x.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------- losses and metrics
