@@ -21,6 +21,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -2101,7 +2102,8 @@ def quick_bench(monkeypatch):
     """Let `bench` measure nothing: every figure of a cell is 0.5, a product takes 1 ms."""
     row = dict.fromkeys(("step_ms", "signals_per_s", "gflop", "share", "memory_mb", "encode_ms",
                          "decode_per_s"), 0.5)
-    monkeypatch.setattr(tinyinr, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tinyinr, "ProcessPoolExecutor", lambda *_, initializer, **__:
+                        ThreadPoolExecutor(1, initializer=initializer))
     monkeypatch.setattr(tinyinr, "median_seconds", lambda *_: 1e-3)
     monkeypatch.setattr(
         tinyinr, "bench_cell", lambda cfg, _: row | {"cell": f"{cfg.model} {cfg.batch_size}"})
@@ -2179,7 +2181,10 @@ def test_bench_prints_and_writes_a_row_for_every_cell(tmp_path, monkeypatch):
     cells = {cell: {"batch_size": 1} for cell in CELLS[:2]}
     monkeypatch.setattr(tinyinr, "PRESETS", {"small": cells})
     quick_bench(monkeypatch)
+    kept = set()  # where memory is kept between steps: in the command and in the cells' process
+    monkeypatch.setattr(tinyinr, "keep_memory", lambda: kept.add(threading.get_ident()))
     out = run("bench", "--batch-size", 3, "--json", tmp_path / "bench.json")
+    assert len(kept) == 2
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [r["cell"] for r in written["cells"]] == ["transinr 3", "vnp 3"]
     assert written["peaks"]["float32"] == 2 * 2048**3 / 1e-3

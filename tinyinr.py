@@ -1568,6 +1568,7 @@ def augment_scenes(images, poses, how, gens):
 # ------------------------------------------------------------------------- data: curves
 
 NOISE = 0.02  # standard deviation of the noise on a curve
+MOST_SEEN = 46  # context points of a curve
 
 
 def covariance(kernel: str, x1, x2, length, scale, period) -> Tensor:
@@ -1657,8 +1658,8 @@ class CurveData:
 
     def draw(self, kernel, batch, gen, targets=0, n=0):
         """One batch, 3 to 46 context points and fewer than 50 in all; or n, or `targets`."""
-        n = n or int(torch.randint(3, 47, (), generator=gen))
-        m = targets or (int(torch.randint(3, 50 - n, (), generator=gen)) if n < 46 else 3)
+        n = n or int(torch.randint(3, MOST_SEEN + 1, (), generator=gen))
+        m = targets or (int(torch.randint(3, 50 - n, (), generator=gen)) if n < MOST_SEEN else 3)
         x, y, hyper = draw_curves(kernel, batch, n + m, gen)
         return x, y, hyper, n
 
@@ -1672,7 +1673,7 @@ class CurveData:
         for step in itertools.count(start):
             gen = generator(cfg.seed, step, 3)
             kernel = self.kernels[step % len(self.kernels)]
-            counts = torch.randint(3, 47, (cfg.batch_size, 1), generator=gen)
+            counts = torch.randint(3, MOST_SEEN + 1, (cfg.batch_size, 1), generator=gen)
             most = int(counts.max()) if cfg.queries else 0
             x, y, _, n = self.draw(kernel, cfg.batch_size, gen, cfg.queries, most)
             x, y = (v[mine].float() for v in (x, y))
@@ -2511,12 +2512,12 @@ def curve_picture(model, x, y, held_out=None, samples: int = 5, size=(480, 320))
     return np.asarray(picture)
 
 
-def render_curve(model, x, y, width: int, most: int = 46) -> Image.Image:
+def render_curve(model, x, y, width: int) -> Image.Image:
     """Plot of a series (N, 1), scaled to the training curves; of a long one several, row by row.
 
-    Each then shows a stretch of up to `most` neighbouring points, what a context had in training.
+    Each then shows a stretch of neighbouring points, no more than a context had in training.
     """
-    count = -(-len(x) // most)
+    count = -(-len(x) // MOST_SEEN)
     stretches = x[:, 0].argsort(stable=True).tensor_split(count)
     pictures = [curve_picture(model, *standardise(x[i], y[i]), size=(width, width * 2 // 3))
                 for i in stretches]
@@ -2934,7 +2935,8 @@ def bench(preset, batch_size, device, json_file):
                "  decode k/s")
     given = {"batch_size": batch_size} if batch_size else {}
     configs = [make_config(preset, *cell, **given) for cell in PRESETS[preset]]
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=keep_memory,  # as `train` does
+                             max_tasks_per_child=1) as fresh:
         rows = []
         for row in fresh.map(bench_cell, configs, itertools.repeat(device)):
             click.echo("{cell:>14} {step_ms:8.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:8.0%} "
