@@ -1,8 +1,8 @@
 """A small mesh renderer in NumPy: reads OBJ + MTL, draws them with a z-buffer at known poses.
 
-Conventions: world z up; camera-to-world matrices with OpenGL axes (x right, y up, looking along
--z); square pixels, the principal point in the middle, pixel centres at + 0.5. A camera point
-(X, Y, Z) lands at (W/2 + f X / -Z, W/2 - f Y / -Z) with f = W / (2 tan(angle / 2)).
+World z up; camera-to-world matrices with OpenGL axes (x right, y up, looking along -z); square
+pixels, the principal point in the middle, pixel centers at + 0.5. A camera point (X, Y, Z) lands
+at (W/2 + f X / -Z, W/2 - f Y / -Z) with f = W / (2 tan(angle / 2)).
 
 Shapes: V vertices, F triangles, N fragments (a triangle's share of one sample), S samples a side.
 """
@@ -18,16 +18,14 @@ UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=np.float32)  # y up -> z
 DARKEST = 0.06  # albedo of black: pure black would hide all shape
 AMBIENT = 0.45
 LIGHTS = (  # (direction towards the light, strength), fixed in the world: objects face -y
-    (np.array([-0.45, -0.55, 0.70]), 0.55),
-    (np.array([0.80, 0.40, 0.45]), 0.20),
-)
+    (np.array([-0.45, -0.55, 0.70]), 0.55), (np.array([0.80, 0.40, 0.45]), 0.20))
 
 
 @dataclass
 class Material:
     """How a surface reflects: color and opacity in [0, 1], or a texture instead of the color."""
 
-    colour: tuple = (0.7, 0.7, 0.7)
+    color: tuple = (0.7, 0.7, 0.7)
     opacity: float = 1.0
     texture: np.ndarray | None = None  # (H, W, 4) in [0, 1], top row first
 
@@ -66,7 +64,7 @@ def load_materials(path):
         if key == "newmtl":
             current = materials[value.strip()] = Material()
         elif key == "Kd":
-            current.colour = tuple(float(x) for x in value.split()[:3])
+            current.color = tuple(float(x) for x in value.split()[:3])
         elif key == "d":
             current.opacity = float(value.split()[-1])
         elif key == "map_Kd":
@@ -74,51 +72,36 @@ def load_materials(path):
     return materials
 
 
-def parse_face(line, counts):
-    """One 'f' line as a list of triangles of (vertex, uv, normal) indices, -1 for absent ones.
-
-    counts: number of vertices, uvs and normals so far, which negative indices count back from.
-    """
-    polygon = []
-    for corner in line.split()[1:]:
-        fields = [int(x) if x else 0 for x in corner.split("/")] + [0, 0]
-        v, t, n = (i - 1 if i >= 0 else i + count for i, count in zip(fields, counts))
-        polygon.append((v, t, n))
-    return [(polygon[0], polygon[k], polygon[k + 1]) for k in range(1, len(polygon) - 1)]
-
-
 def load_obj(path):
     """Read an OBJ file and its materials as a Mesh; polygons become triangle fans."""
-    rows = {"v": [], "vt": [], "vn": []}
-    names, index, corners, material = {}, 0, [], []
-    library = {}
+    rows, corners, material = {"v": [], "vt": [], "vn": []}, [], []
+    index, names, library = 0, {}, {}
     for line in path.read_text(errors="replace").splitlines():
         key, _, value = line.partition(" ")
         if key in rows:
             rows[key].append([float(x) for x in value.split()[:2 if key == "vt" else 3]])
         elif key == "f":
-            triangles = parse_face(line, [len(rows[k]) for k in ("v", "vt", "vn")])
-            corners.extend(triangles)
-            material.extend([index] * len(triangles))
+            polygon = []
+            for corner in value.split():  # 1, 1/2, 1//3 or 1/2/3; negative: from the last one
+                fields = [int(x) if x else 0 for x in corner.split("/")] + [0, 0]
+                polygon.append([i - 1 if i >= 0 else i + len(known)
+                                for i, known in zip(fields, rows.values())])
+            corners += [(polygon[0], *pair) for pair in zip(polygon[1:], polygon[2:])]
+            material += [index] * (len(polygon) - 2)
         elif key == "usemtl":
             index = names.setdefault(value.strip(), len(names) + 1)
         elif key == "mtllib" and (path.parent / value.strip()).exists():
             library.update(load_materials(path.parent / value.strip()))
-    return Mesh(
-        vertices=np.array(rows["v"], np.float32),
-        uvs=np.array(rows["vt"] or [[0, 0]], np.float32),
-        normals=np.array(rows["vn"] or [[0, 0, 0]], np.float32),
-        corners=np.array(corners, np.int64).reshape(-1, 3, 3),
-        material=np.array(material, np.int64),
-        materials=[Material()] + [library.get(name, Material()) for name in names],
-    )
+    return Mesh(np.array(rows["v"], np.float32), np.array(rows["vt"] or [[0, 0]], np.float32),
+                np.array(rows["vn"] or [[0, 0, 0]], np.float32),
+                np.array(corners, np.int64).reshape(-1, 3, 3), np.array(material, np.int64),
+                [Material()] + [library.get(name, Material()) for name in names])
 
 
 def normalise(mesh, rotation=None):
     """Turn a y-up mesh to z up and put its bounding box (diagonal 2) around the origin.
 
-    rotation: optional (3, 3) applied first. Triangles of see-through materials are dropped, so
-    every vertex left in use lies in the unit sphere. Raises ValueError if nothing is left.
+    rotation: (3, 3), applied first. See-through triangles are dropped; ValueError if none is left.
     """
     turn = UP if rotation is None else UP @ np.asarray(rotation, np.float32)
     solid = np.array([m.opacity >= MIN_OPACITY for m in mesh.materials])[mesh.material]
@@ -141,37 +124,28 @@ def look_at_origin(position):
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
     pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(back, right), back], axis=1)
-    pose[:3, 3] = position
+    pose[:3] = np.stack([right, np.cross(back, right), back, position], axis=1)
     return pose
 
 
-def sample_range(low, high, size):
-    """First and last of `size` samples whose centres (index + 0.5) lie between low and high."""
+def expand(low, high, size):
+    """Samples of `size` with centers (index + 0.5) from low to high: index of range, sample."""
     first = np.clip(np.ceil(low - 0.5), 0, size).astype(int)
-    return first, np.clip(np.floor(high - 0.5), -1, size - 1).astype(int)
-
-
-def expand(first, last):
-    """Write out integer ranges: owner (N,) and value (N,) for every first[i]..last[i]."""
-    counts = np.maximum(last - first + 1, 0)
+    counts = np.clip(np.floor(high - 0.5), -1, size - 1).astype(int) - first + 1
+    counts = np.maximum(counts, 0)
     owner = np.repeat(np.arange(len(counts)), counts)
-    value = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + first[owner]
-    return owner, value
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts - first)[owner]
 
 
 def fragments(x, y, inverse_depth, size):
-    """Which samples each triangle covers: first its rows, then on each row its columns.
+    """Which samples each triangle covers; x, y (in samples) and inverse_depth: (3, F) corners.
 
-    x, y, inverse_depth: (3, F) corners, the first two in samples.
     Returns sample index (N,), triangle (N,), inverse depth (N,) and the perspective-correct
     barycentric weights (N, 3).
     """
-    top, bottom = sample_range(y.min(0), y.max(0), size)
-    left, right = sample_range(x.min(0), x.max(0), size)
     area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
-    hit = np.flatnonzero((np.abs(area) > 1e-12) & (top <= bottom) & (left <= right))
-    owner, row = expand(top[hit], bottom[hit])
+    hit = np.flatnonzero(np.abs(area) > 1e-12)
+    owner, row = expand(y.min(0)[hit], y.max(0)[hit], size)
     face = hit[owner]
 
     # Barycentric weights are linear in x: along a row, weight_j = start_j + slope_j * x.
@@ -183,7 +157,7 @@ def fragments(x, y, inverse_depth, size):
         zero = -start / slope
     left = np.where(slope > 0, zero, np.where((slope < 0) | (start >= 0), -1, size)).max(0)
     right = np.where(slope < 0, zero, size).min(0)
-    owner, column = expand(*sample_range(left, right, size))
+    owner, column = expand(left, right, size)
 
     face, row = face[owner], row[owner]
     weights = np.maximum(start[:, owner] + slope[:, owner] * (column + 0.5), 0)
@@ -193,8 +167,8 @@ def fragments(x, y, inverse_depth, size):
 
 
 def albedo(mesh, face, weights):
-    """Colour with opacity (N, 4) at points of triangles; textures repeat outside [0, 1]."""
-    table = np.array([[*m.colour, m.opacity] for m in mesh.materials], np.float32)
+    """Color with opacity (N, 4) at points of triangles; textures repeat outside [0, 1]."""
+    table = np.array([[*m.color, m.opacity] for m in mesh.materials], np.float32)
     rgba = table[mesh.material[face]]
     for index, material in enumerate(mesh.materials):
         if material.texture is None:
@@ -219,10 +193,8 @@ def shade(mesh, face, weights, position):
     usable = (mesh.corners[face, :, 2] >= 0).all(1) & (np.abs(smooth).sum(-1) > 1e-6)
     normal = np.where(usable[:, None], smooth, flat)
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
-    light = np.full(len(face), AMBIENT)
-    for direction, strength in LIGHTS:
-        light += strength * np.maximum(normal @ (direction / np.linalg.norm(direction)), 0)
-    return light
+    return sum((strength * np.maximum(normal @ (direction / np.linalg.norm(direction)), 0)
+                for direction, strength in LIGHTS), np.full(len(face), AMBIENT))
 
 
 def render(mesh, pose, size, angle, supersample):
@@ -236,17 +208,13 @@ def render(mesh, pose, size, angle, supersample):
     y = side / 2 - focal * camera[1] * inverse_depth
     corner = np.ascontiguousarray(mesh.corners[..., 0].T)  # (3, F)
     sample, face, depth, weights = fragments(x[corner], y[corner], inverse_depth[corner], side)
-    cutout = np.array([m.texture is not None and m.texture[..., 3].min() < MIN_OPACITY
-                       for m in mesh.materials])
-    if cutout.any():
-        drawn = ~cutout[mesh.material[face]]
-        drawn[~drawn] = albedo(mesh, face[~drawn], weights[~drawn])[:, 3] >= MIN_OPACITY
-        sample, face, depth, weights = (x[drawn] for x in (sample, face, depth, weights))
+    rgba = albedo(mesh, face, weights)
+    depth[rgba[:, 3] < MIN_OPACITY] = 0  # infinitely far
     nearest = np.zeros(side * side)
     np.maximum.at(nearest, sample, depth)
-    front = depth == nearest[sample]
+    front = (depth > 0) & (depth == nearest[sample])
     sample, face, weights = sample[front], face[front], weights[front]
-    rgb = DARKEST + (1 - DARKEST) * albedo(mesh, face, weights)[:, :3]
+    rgb = DARKEST + (1 - DARKEST) * rgba[front, :3]
     rgb *= shade(mesh, face, weights, position)[:, None]
 
     picture = np.zeros((side * side, 4))

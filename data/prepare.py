@@ -1,17 +1,20 @@
 """Rebuild the bundled data sets from the public packages they are made of, and store models.
 
-    python data/prepare.py emoji       # data/emoji64.zip      images, from an npm package
-    python data/prepare.py furniture   # data/furniture64.zip  posed views, from a Debian package
+    python data/prepare.py emoji       # data/emoji.zip      images, from an npm package
+    python data/prepare.py photos      # data/photos.zip     images, from Debian packages
+    python data/prepare.py furniture   # data/furniture.zip  posed views, from a Debian package
     python data/prepare.py series      # data/sunspots.csv, elnino.csv  from a Python package
     python data/prepare.py pretrained runs/image-transinr  # data/pretrained/image-transinr.pt
 
-The files are in the repository; this script documents how they were made. It writes the same
-bytes every time (given the same NumPy and Pillow) and the credits to data/LICENSES.md.
+The files are in the repository; this is how they were made. It writes the same bytes every time
+(given the same NumPy and Pillow) and the credits to data/LICENSES.md. Every set is divided into
+train, val and test by a hash, 80/10/10 or with more in test; what is alike is in one split.
 """
 
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -28,7 +31,12 @@ from PIL import Image
 import meshrender
 
 DATA = Path(__file__).resolve().parent
-SIZE = 64  # pixels per side of every picture of both sets
+SIZE = 64  # pixels per side of the posed views
+SALT = "tinyinr 2"  # another salt is another draw of val and test
+LICENCES = {  # of https://creativecommons.org
+    "CC0 1.0": "publicdomain/zero/1.0/", "CC BY 3.0": "licenses/by/3.0/",
+    "CC BY 3.0 US": "licenses/by/3.0/us/", "CC BY 4.0": "licenses/by/4.0/",
+    "CC BY-SA 3.0": "licenses/by-sa/3.0/", "CC BY-SA 4.0": "licenses/by-sa/4.0/"}
 
 
 # ---- Shared: downloads, reproducible zips, splits, credits ----------------------------------
@@ -39,10 +47,18 @@ def fetch(command, folder):
     try:
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise click.ClickException(
-            f"'{' '.join(command)}' failed ({error}); get the file elsewhere and give its path "
-            "with --package") from error
+        raise click.ClickException(f"'{' '.join(command)}' failed ({error}); get the file "
+                                   "elsewhere and give its path with --package") from error
     return next(Path(folder).iterdir())
+
+
+def unpack_deb(deb, name, folder):
+    """Unpack a Debian package, None: apt-get's `name=version`, into a new folder in `folder`."""
+    root = Path(folder) / name
+    with tempfile.TemporaryDirectory() as empty:
+        deb = deb or fetch(["apt-get", "download", name], empty)
+        subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
+    return root
 
 
 def write_zip(path, files):
@@ -56,16 +72,21 @@ def write_zip(path, files):
     click.echo(f"{path}: {len(files)} files, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def webp(image):
-    """Encode a PIL image (RGB or RGBA) as lossless WebP; returns bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=True, quality=80, method=6)  # 100: 100 times slower
+def webp(image, quality=None):
+    """Encode a PIL image (RGB or RGBA) as WebP, quality None: without loss; returns bytes."""
+    buffer = io.BytesIO()  # quality 100 without loss would be 100 times slower than 80
+    image.save(buffer, "WEBP", lossless=quality is None, quality=quality or 80, method=6)
     return buffer.getvalue()
 
 
 def stable_fraction(text):
     """Map a string to [0, 1), evenly and alike on every machine (Python's hash() is salted)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def shuffled(names):
+    """The different names in an order that depends on nothing but them and SALT."""
+    return sorted(set(names), key=lambda name: stable_fraction(f"{SALT}/{name}"))
 
 
 def similar_pairs(features, threshold):
@@ -78,32 +99,38 @@ def similar_pairs(features, threshold):
 
 
 def merge(keys, pairs):
-    """Group items that share a key or are linked by a pair.
-
-    keys: one string per item; pairs: (P, 2) item indices.
-    Returns one group name per item: the smallest key in its group.
-    """
-    parent = {key: key for key in keys}
-
-    def root(key):
-        while parent[key] != key:
-            key = parent[key]
-        return key
-
+    """Group items that share a key or are linked by a pair of indices: each one's group name."""
+    groups = list(keys)
     for i, j in pairs:
-        a, b = sorted((root(keys[i]), root(keys[j])))
-        parent[b] = a
-    return [root(key) for key in keys]
+        first, second = sorted((groups[i], groups[j]))
+        groups = [first if group == second else group for group in groups]
+    return groups
+
+
+def divide(names, groups, val, test):
+    """{split: sorted names} with `val` and `test` names at most, all of a group in one split."""
+    members, splits, most = {}, {"train": [], "val": [], "test": []}, {"test": test, "val": val}
+    for name, group in zip(names, groups):
+        members.setdefault(group, []).append(name)
+    for group in shuffled(groups):
+        fits = (s for s in most if len(splits[s]) + len(members[group]) <= most[s])
+        splits[next(fits, "train")] += members[group]
+    return {split: sorted(chosen) for split, chosen in splits.items()}
+
+
+def counts(splits):
+    """How many names each split has, in words."""
+    return ", ".join(f"{split} {len(chosen)}" for split, chosen in splits.items())
 
 
 def write_credits(title, text):
-    """Replace or append the section `title` of LICENSES.md."""
+    """Replace or add the section `title` of LICENSES.md; those of deleted files go."""
     path = DATA / "LICENSES.md"
-    head = "# Licences of the bundled data\n\nWritten by `prepare.py`, one section per file."
-    parts = path.read_text().split("\n## ") if path.exists() else [head]
+    parts = path.read_text().split("\n## ")
     sections = dict(part.split("\n", 1) for part in parts[1:])
     sections[title] = f"\n{text.strip()}\n"
-    body = "".join(f"\n## {name}\n{sections[name]}" for name in sorted(sections))
+    body = "".join(f"\n## {name}\n{sections[name]}" for name in sorted(sections)
+                   if (DATA / name).exists())
     path.write_text(parts[0].rstrip() + "\n" + body)
 
 
@@ -115,12 +142,12 @@ def main():
 # ---- Series: real curves ----------------------------------------------------------------------
 
 SERIES_PACKAGE = "statsmodels==0.15.0"
-SERIES_CREDITS = {
-    "sunspots.csv": """
+SERIES = {  # name: where it is from
+    "sunspots": """
 Yearly numbers of sunspots, 1700-2008, of the **National Geophysical Data Center**
 (http://www.ngdc.noaa.gov/stp/solar/solarda3.html), from version 0.15.0 of the Python package
 `statsmodels`, which says: "This data is public domain." Unchanged.""",
-    "elnino.csv": """
+    "elnino": """
 Monthly sea surface temperatures (degrees Celsius) of the Pacific Ocean, 0-10 degrees South and
 90-80 degrees West, 1950-2010, of the **National Oceanic and Atmospheric Administration**
 (ERSST.V3B, Nino 1+2, http://www.cpc.ncep.noaa.gov/data/indices/), from version 0.15.0 of the
@@ -137,52 +164,35 @@ def series(package):
         package = package or fetch(
             [sys.executable, "-m", "pip", "download", "--no-deps", SERIES_PACKAGE], folder)
         with zipfile.ZipFile(package) as wheel:
-            tables = {name: list(csv.reader(io.TextIOWrapper(wheel.open(
-                f"statsmodels/datasets/{name}/{name}.csv")))) for name in ("sunspots", "elnino")}
-    rows = {"sunspots.csv": ["year,sunspots"] + [",".join(r) for r in tables["sunspots"][1:]],
-            "elnino.csv": ["year,celsius"]}
-    for year, *months in tables["elnino"][1:]:
-        rows["elnino.csv"] += [f"{int(year) + (i + 0.5) / 12:.3f},{float(v):g}"
-                               for i, v in enumerate(months) if float(v) > 0]
+            sunspots, elnino = (list(csv.reader(io.TextIOWrapper(wheel.open(
+                f"statsmodels/datasets/{name}/{name}.csv"))))[1:] for name in SERIES)
+    rows = {"sunspots": ["year,sunspots"] + [",".join(row) for row in sunspots],
+            "elnino": ["year,celsius"] + [
+                f"{int(year) + (month + 0.5) / 12:.3f},{float(value):g}"
+                for year, *values in elnino for month, value in enumerate(values)
+                if float(value) > 0]}
     for name, lines in rows.items():
-        (DATA / name).write_text("\n".join(lines) + "\n")
-        write_credits(name, SERIES_CREDITS[name])
-        click.echo(f"{DATA / name}: {len(lines) - 1} rows")
+        (DATA / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        write_credits(f"{name}.csv", SERIES[name])
 
 
-# ---- Emoji: 64 x 64 images ------------------------------------------------------------------
+# ---- Emoji: images of 256 pixels ----------------------------------------------------------------
 
 EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
-EMOJI_TEST_FRACTION = 0.1
 EMOJI_NEAR = 0.05  # RMS difference (pixels in [0, 1]) below which two emojis are 'the same'
+EMOJI_QUALITY = 83  # at 256 px; at 128 px even 100 loses more: WebP halves the colors' resolution
 EMOJI_CREDITS = """
 3,391 images of **Microsoft Fluent Emoji** (3D style, https://github.com/microsoft/fluentui-emoji),
 taken from version 1.1.0 of the npm package `@lobehub/fluent-emoji-3d`
 (https://github.com/lobehub/fluent-emoji), whose metadata declares the MIT licence and which ships
-no licence file of its own. Changes: put on white and reduced from 256 to 64 pixels.
+no licence file of its own. Files are named after the code points. Changes: put on white,
+compressed again.
 
 > MIT License
 >
 > Copyright (c) Microsoft Corporation (the emojis)
 > Copyright (c) 2023 LobeHub (the package)
 >
-> Permission is hereby granted, free of charge, to any person obtaining a copy
-> of this software and associated documentation files (the "Software"), to deal
-> in the Software without restriction, including without limitation the rights
-> to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-> copies of the Software, and to permit persons to whom the Software is
-> furnished to do so, subject to the following conditions:
->
-> The above copyright notice and this permission notice shall be included in all
-> copies or substantial portions of the Software.
->
-> THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-> IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-> FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-> AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-> LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-> OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-> SOFTWARE.
 """
 
 
@@ -190,48 +200,121 @@ def emoji_base(name):
     """The emoji without skin tone, gender and presentation: one key for all its variants.
 
     Names are code points joined by '-': 1f3fb..1f3ff are skin tones, 200d-2640/2642 the gender
-    suffix, fe0f asks for the colour glyph, and 1f468/1f469/1f9d1 are man/woman/person.
+    suffix, fe0f asks for the color glyph, and 1f468/1f469/1f9d1 are man/woman/person.
     """
-    name = re.sub(r"-(1f3f[b-f]|fe0f)", "", name)
-    name = re.sub(r"-200d-264[02]", "", name)
-    return re.sub(r"\b1f46[89]\b", "1f9d1", name)
+    return re.sub(r"\b1f46[89]\b", "1f9d1", re.sub(r"-(1f3f[b-f]|fe0f|200d-264[02])", "", name))
 
 
 def emoji_image(data):
-    """Decode a file (256 px RGBA) and return it on a white square, SIZE x SIZE RGB."""
+    """Decode a file (256 px RGBA) and return it on a white square, RGB."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     side = max(image.size)  # four of the images are not square
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas.convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
+    return canvas.convert("RGB").resize((256, 256), Image.LANCZOS)
 
 
 @main.command()
 @click.option("--package", type=click.Path(exists=True), help="The .tgz (default: npm pack).")
 def emoji(package):
-    """Make emoji64.zip: train/NAME.webp and test/NAME.webp, split by base emoji."""
+    """Make emoji.zip: SPLIT/NAME.webp, split by base emoji."""
     with tempfile.TemporaryDirectory() as folder:
         package = package or fetch(["npm", "pack", EMOJI_PACKAGE], folder)
         with tarfile.open(package) as archive:
-            members = [m for m in archive.getmembers() if m.name.endswith(".webp")]
             images = {Path(m.name).stem: emoji_image(archive.extractfile(m).read())
-                      for m in members}
+                      for m in archive if m.name.endswith(".webp")}
     names = sorted(images)
-    pixels = np.stack([np.asarray(images[name]) for name in names]).reshape(len(names), -1)
-    near = similar_pairs(pixels / 255, EMOJI_NEAR)
-    bases = [emoji_base(name) for name in names]
-    groups = merge(bases, near)
-    test = [stable_fraction(group) < EMOJI_TEST_FRACTION for group in groups]
+    small = [np.asarray(images[name].resize((SIZE, SIZE))).ravel() / 255 for name in names]
+    near = similar_pairs(np.stack(small), EMOJI_NEAR)
+    groups = merge([emoji_base(name) for name in names], near)
+    tenth = round(len(names) / 10)
+    splits = divide(names, groups, tenth, tenth)
+    click.echo(f"{counts(splits)}; {len(set(groups))} groups of variants and near-duplicates")
+    write_zip(DATA / "emoji.zip", {f"{split}/{name}.webp": webp(images[name], EMOJI_QUALITY)
+                                   for split in splits for name in splits[split]})
+    licence = (DATA.parent / "LICENSE").read_text().splitlines()[4:]  # of this project: MIT, too
+    write_credits("emoji.zip", EMOJI_CREDITS + "\n".join(f"> {line}".rstrip() for line in licence))
 
-    apart = sum(bases[i] != bases[j] for i, j in near)
-    click.echo(f"{len(names)} images, {len(set(bases))} base emojis, {len(set(groups))} groups "
-               f"({apart} near-identical pairs of different bases kept together); "
-               f"{len(names) - sum(test)} for training, {sum(test)} for test "
-               f"of {len({g for g, t in zip(groups, test) if t})} groups")
-    write_zip(DATA / "emoji64.zip", {
-        f"{'test' if held_out else 'train'}/{name}.webp": webp(images[name])
-        for name, held_out in zip(names, test)})
-    write_credits("emoji64.zip", EMOJI_CREDITS)
+
+# ---- Photos: crops at several scales -----------------------------------------------------------
+
+PHOTO_SIDES = {"train": 128, "val": 256, "test": 256}
+PHOTO_CROPS = {"train": 36, "val": 14, "test": 14}  # of a photo, at most, at each scale
+PHOTO_QUALITY = 90
+PHOTO_DETAIL = 0.02  # crops with less are left out: clear sky, what is out of focus
+PHOTOS = [  # package, licence, authors, photos; paintings, renderings and gradients are not used
+    ("budgie-backgrounds=3.0-1", "CC0 1.0", "Budgie Desktop Developers",
+     "beacon-street-sunset blue-periwinkle canyon-wren casa-mila extreme-desert-hike "
+     "high-trestle-trail lake-sherburne oakland-zoo-otters perched-osprey piazza-gae-aulenti "
+     "roman-colosseum singaporean-cityscape tea-gardens"),
+    ("lomiri-wallpapers-16.04=20.04.0-4", "CC BY 4.0",
+     'Aitzol Berasategi, Jakub Mede, Trevor "Freespace"',
+     "aitzgorri friends life picosdeeuropa sunset Wine Picture_0B Picture_1A"),
+    ("lomiri-wallpapers-16.04=20.04.0-4", "CC BY-SA 4.0",
+     "Bolly, Peter Nerlich, Sander Klootwijk", "Dragonfly free greentock Bridge"),
+    ("lomiri-wallpapers-16.04=20.04.0-4", "CC0 1.0", "Clemens Engelhardt", "seeding"),
+    ("lomiri-wallpapers-20.04=20.04.0-4", "CC BY-SA 3.0", "Lukas Baubkus", "Kleiber"),
+    ("lxqt-themes=2.1.0-1", "CC BY-SA 3.0", "LXQt Project Team, stefonarch (Stef Binde)",
+     "after-the-rain appleflower beam butterfly drop flowers this-is-not-windows"),
+]
+PHOTO_CREDITS = """
+Square windows of photographs from Debian packages, reduced to 128 (train) or 256 pixels (val,
+test) and compressed again. Files are named after the package, the photo (and its author,
+where several are listed), and the size and left upper corner of the window. Each has the licence
+of its photo.
+"""
+
+
+def detail(image):
+    """How far an image is from its 8 x 8 copy: RMS difference of grey values in [0, 1]."""
+    grey = image.convert("L").resize((64, 64), Image.BOX)
+    coarse = grey.resize((8, 8), Image.BOX).resize((64, 64), Image.BICUBIC)
+    return np.subtract(grey, coarse, dtype=np.float32).std() / 255
+
+
+def crop_photo(image, name, split):
+    """Crops of a photo: {file name with the window's size, x and y: bytes}.
+
+    Windows have its short side, half of it, ... down to twice the crop's side; those of one scale
+    are as few as cover the photo, evenly spread.
+    """
+    files, side, size = {}, PHOTO_SIDES[split], min(image.size)
+    while size >= 2 * side:
+        columns, rows = (np.linspace(0, n - size, -(-n // size)).astype(int) for n in image.size)
+        windows = {f"{name}-{size}-{x}-{y}.webp": (x, y, x + size, y + size)
+                   for x in columns for y in rows}
+        crops = ((file, image.resize((side, side), Image.LANCZOS, windows[file]))
+                 for file in shuffled(windows))
+        rich = ((file, crop) for file, crop in crops if detail(crop) >= PHOTO_DETAIL)
+        files |= {file: webp(crop, PHOTO_QUALITY)
+                  for file, crop in itertools.islice(rich, PHOTO_CROPS[split])}
+        size //= 2
+    return files
+
+
+@main.command()
+@click.option("--package", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of the .deb files (default: apt-get, Debian 13).")
+def photos(package):
+    """Make photos.zip: SPLIT/PACKAGE/PHOTO-SIZE-X-Y.webp, split by photo."""
+    names = [name for *_, photos in PHOTOS for name in photos.split()]
+    splits = divide(names, names, len(names) // 5, len(names) // 5)
+    files = {split: {} for split in splits}
+    with tempfile.TemporaryDirectory() as folder:
+        for deb in sorted({package for package, *_ in PHOTOS}):
+            name = deb.split("=")[0]
+            root = unpack_deb(package and next(package.glob(f"{name}_*.deb"), None), deb, folder)
+            for path in [*root.rglob("backgrounds/**/*.jpg"), *root.rglob("wallpapers/*.?[pn]g")]:
+                photo = path.stem.split("_by_")[0]
+                for split in (split for split in splits if photo in splits[split]):
+                    image = Image.open(path).convert("RGB")
+                    files[split] |= crop_photo(image, f"{split}/{name}/{path.stem}", split)
+    click.echo(f"photos: {counts(splits)}; crops: {counts(files)}")
+    write_zip(DATA / "photos.zip", {name: data for part in files.values()
+                                    for name, data in part.items()})
+    write_credits("photos.zip", PHOTO_CREDITS + "".join(
+        f"\n- **{authors}**, {licence} (https://creativecommons.org/{LICENCES[licence]}), "
+        f"`{package}`: {photos}" for package, licence, authors, photos in PHOTOS))
 
 
 # ---- Furniture: posed views in the ShapeNet layout ------------------------------------------
@@ -242,20 +325,15 @@ RADIUS = 4.0
 SUPERSAMPLE = 3
 MIN_COVERAGE = 0.02  # objects that fill less of their pictures on average are left out
 FURNITURE_NEAR = 0.165  # RMS difference of canonical views below which two objects are 'the same'
-TEST_FRACTION = 0.11
-VIEWS = {"chairs": 40, "lamps": 40, "cars": 40, "furniture": 16}
-MIN_TEST = {"chairs": 14, "lamps": 6, "cars": 5, "furniture": 50}
-SPLIT_NAME = {"chairs": "chair", "lamps": "lamp", "cars": "car", "furniture": "furniture"}
-LIBRARIES = {  # file: (licence, its address, who published it)
-    "BlendSwap-CC-0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/",
-                       "Blend Swap contributors, converted by Emmanuel Puybaret / eTeks"),
-    "BlendSwap-CC-BY": ("CC BY 3.0", "https://creativecommons.org/licenses/by/3.0/",
-                        "Blend Swap contributors, converted by Emmanuel Puybaret / eTeks"),
-    "KatorLegaz": ("CC BY 3.0 US", "https://creativecommons.org/licenses/by/3.0/us/",
-                   "Copyright 2003-2008 Andrew Kator & Jennifer Legaz"),
-    "Scopia": ("CC BY 3.0", "https://creativecommons.org/licenses/by/3.0/",
-               "Copyright 2010-2012 Scopia Visual Interfaces Systems, s.l., and eTeks"),
-}  # the fifth, Reallusion, holds people only
+CLASSES = {  # name: (name of its splits, views, objects in val and in test at least)
+    "chairs": ("chair", 40, 10, 14), "lamps": ("lamp", 40, 4, 6), "cars": ("car", 40, 3, 5),
+    "furniture": ("furniture", 16, 40, 40)}
+BLEND_SWAP = "Blend Swap contributors, converted by Emmanuel Puybaret / eTeks"
+SCOPIA = "Copyright 2010-2012 Scopia Visual Interfaces Systems, s.l., and eTeks"
+LIBRARIES = {  # file: (licence, who published it); the fifth, Reallusion, holds people only
+    "BlendSwap-CC-0": ("CC0 1.0", BLEND_SWAP), "BlendSwap-CC-BY": ("CC BY 3.0", BLEND_SWAP),
+    "KatorLegaz": ("CC BY 3.0 US", "Copyright 2003-2008 Andrew Kator & Jennifer Legaz"),
+    "Scopia": ("CC BY 3.0", SCOPIA)}
 PEOPLE = r"male|boy|girl|mannequin"
 CAR = r"truck|focus|sedan|beetle|leon|308|renault|bus$|suv|chevrolet|van$|car$"
 LAMP = r"lamp|lantern"
@@ -275,62 +353,43 @@ def read_properties(path):
     return properties
 
 
-def classify(entry):
-    """The class of a catalogue entry, or None where it is left out."""
-    name, category = entry["name"].lower(), entry["category"]
-    if category in ("Doors and windows", "Staircases") or re.search(NOT_OBJECT, name):
-        return None
-    if category == "Characters" and re.search(PEOPLE, name):
+def classify(name, category):
+    """The class of a model by its name in small letters, or None where it is left out."""
+    if (category in ("Doors and windows", "Staircases") or re.search(NOT_OBJECT, name)
+            or category == "Characters" and re.search(PEOPLE, name)):
         return None
     if category == "Vehicles":
         return "cars" if re.search(CAR, name) else "furniture"
     if category == "Lights" or re.search(LAMP, name):
         return "lamps"
-    if re.search(CHAIR, name) and not re.search(NOT_CHAIR, name):
-        return "chairs"
-    return "furniture"
+    chair = re.search(CHAIR, name) and not re.search(NOT_CHAIR, name)
+    return "chairs" if chair else "furniture"
 
 
-def catalogue_entry(properties, number, folder, library):
-    """Entry `number` of a library's catalogue as a dict; ids are the library and the model."""
-    model = folder / library / properties[f"model#{number}"].lstrip("/")
-    rotation = properties.get(f"modelRotation#{number}")
-    entry = {
-        "id": f"{library.lower()}-{re.sub(r'[^a-z0-9]+', '-', model.stem.lower())}",
-        "name": properties.get(f"name#{number}", model.stem),
-        "category": properties[f"category#{number}"],
-        "creator": properties[f"creator#{number}"],
-        "library": library,
-        "model": model,
-        "rotation": rotation and np.array(rotation.split(), np.float32).reshape(3, 3),
-    }
-    return {**entry, "class": classify(entry)}
-
-
-def read_catalogue(folder):
-    """The entries of all libraries that belong to a class, sorted by id."""
-    entries = []
-    for library in LIBRARIES:
-        properties = read_properties(folder / library / "PluginFurnitureCatalog.properties")
-        numbers = [key.partition("#")[2] for key in properties if key.startswith("model#")]
-        entries += [catalogue_entry(properties, n, folder, library) for n in numbers]
-    used = sorted((e for e in entries if e["class"]), key=lambda e: e["id"])
-    assert len({e["id"] for e in used}) == len(used), "two models share an id"
-    return used
+def read_library(library, folder):
+    """The models of an unpacked library that belong to a class; ids are library and model file."""
+    properties = read_properties(folder / "PluginFurnitureCatalog.properties")
+    for number in (key[6:] for key in properties if key.startswith("model#")):
+        model = folder / properties[f"model#{number}"].lstrip("/")
+        name = properties.get(f"name#{number}", model.stem)
+        rotation = properties.get(f"modelRotation#{number}")
+        kind = classify(name.lower(), properties[f"category#{number}"])
+        if kind:
+            stem = re.sub(r"[^a-z0-9]+", "-", model.stem.lower())
+            yield {"id": f"{library.lower()}-{stem}", "stem": stem, "name": name, "class": kind,
+                   "model": model, "library": library, "creator": properties[f"creator#{number}"],
+                   "rotation": rotation and np.array(rotation.split(), np.float32).reshape(3, 3)}
 
 
 def plain_words(text):
-    """Lower-case words without numbering, punctuation and colours."""
+    """Lower-case words without numbering, punctuation and colors."""
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", text).lower())
     dull = {"v", "black", "white", "beige", "red", "green", "blue", "clear", "textured", "swap"}
     return [word for word in words if word not in dull]
 
 
 def hemisphere(count, rng):
-    """`count` camera-to-world matrices spread over the upper hemisphere, in random order.
-
-    A golden-angle spiral, even in area, turned about the axis and jittered for each object.
-    """
+    """`count` random camera-to-world matrices, evenly over the upper hemisphere: a spiral."""
     index = rng.permutation(count) + rng.uniform(0.1, 0.9, count)
     height = index / count
     azimuth = index * np.pi * (3 - np.sqrt(5)) + rng.uniform(0, 2 * np.pi)
@@ -341,57 +400,44 @@ def hemisphere(count, rng):
 
 def fingerprint(mesh):
     """Four small canonical views as one vector: opacity, modulated by relative brightness."""
-    views = []
-    for azimuth in np.radians([-70, 20, 110, 200]):
-        position = RADIUS * np.array([0.9 * np.cos(azimuth), 0.9 * np.sin(azimuth), 0.19**0.5])
-        view = meshrender.render(mesh, meshrender.look_at_origin(position), 32, ANGLE, 1) / 255
-        views.append(view)
-    alpha = np.stack(views)[..., 3]
-    grey = np.stack(views)[..., :3].mean(-1)
+    azimuth, one = np.radians([-70, 20, 110, 200]), np.ones(4)
+    places = RADIUS * np.stack([0.9 * np.cos(azimuth), 0.9 * np.sin(azimuth), 0.19**0.5 * one], 1)
+    views = np.stack([meshrender.render(mesh, meshrender.look_at_origin(place), 32, ANGLE, 1)
+                      for place in places]) / 255
+    alpha, grey = views[..., 3], views[..., :3].mean(-1)
     mean = (grey * alpha).sum() / max(alpha.sum(), 1)
     return (alpha * (0.5 + 0.5 * np.clip(grey / max(mean, 1e-3), 0, 2))).ravel()
 
 
 def render_object(entry):
-    """Render one catalogue entry.
-
-    Returns its files {name in the folder: bytes}, its mean coverage and its fingerprint; raises
-    ValueError where the model is unreadable.
-    """
+    """A model's {file name: bytes} and fingerprint; ValueError where little of it can be seen."""
     mesh = meshrender.normalise(meshrender.load_obj(entry["model"]), entry["rotation"])
     rng = np.random.default_rng(int(stable_fraction(entry["id"]) * 2**53))
-    poses = hemisphere(VIEWS[entry["class"]], rng)
+    poses = hemisphere(CLASSES[entry["class"]][1], rng)
     views = [meshrender.render(mesh, pose, SIZE, ANGLE, SUPERSAMPLE) for pose in poses]
     files = {f"r_{i}.webp": webp(Image.fromarray(view)) for i, view in enumerate(views)}
     frames = [{"file_path": f"./r_{i}", "transform_matrix": pose.round(7).tolist()}
               for i, pose in enumerate(poses)]
-    scene = {"camera_angle_x": ANGLE, "frames": frames}
-    files["transforms.json"] = json.dumps(scene).encode()
+    files["transforms.json"] = json.dumps({"camera_angle_x": ANGLE, "frames": frames}).encode()
     coverage = np.mean([view[..., 3] for view in views]) / 255
-    return files, coverage, fingerprint(mesh)
+    if coverage < MIN_COVERAGE:
+        raise ValueError(f"covers {coverage:.1%} of its pictures")
+    return files, fingerprint(mesh)
 
 
-def split_objects(objects, fingerprints):
-    """Choose the test objects of one class; near-duplicates stay together.
+def split_objects(objects, fingerprints, val, test):
+    """{split: ids} of the objects of one class, at least a tenth in val and in test.
 
     Objects belong together if their model files or their names of several words are alike up
-    to numbering and colour, or their canonical views are. Groups are taken in the order of a
-    stable hash as long as they fit. Returns {id: group} and the test ids.
+    to numbering and color, or their canonical views are.
     """
     stems = ["".join(plain_words(entry["model"].stem)) or entry["id"] for entry in objects]
     names = [plain_words(entry["name"]) for entry in objects]
     same_name = [(i, j) for i in range(len(objects)) for j in range(i)
                  if names[i] == names[j] and len(names[i]) > 1]
-    pairs = [*same_name, *similar_pairs(np.stack(fingerprints), FURNITURE_NEAR)]
-    groups = merge(stems, pairs)
-    kind = objects[0]["class"]
-    wanted = max(MIN_TEST[kind], round(TEST_FRACTION * len(objects)))
-    test = []
-    for group in sorted(set(groups), key=lambda g: stable_fraction(f"held out/{kind}/{g}")):
-        members = [entry["id"] for entry, name in zip(objects, groups) if name == group]
-        if len(test) + len(members) <= wanted:
-            test.extend(members)
-    return {entry["id"]: group for entry, group in zip(objects, groups)}, sorted(test)
+    groups = merge(stems, [*same_name, *similar_pairs(np.stack(fingerprints), FURNITURE_NEAR)])
+    tenth = round(len(objects) / 10)
+    return divide([entry["id"] for entry in objects], groups, max(val, tenth), max(test, tenth))
 
 
 def furniture_credits(objects):
@@ -400,59 +446,43 @@ def furniture_credits(objects):
             "`sweethome3d-furniture` (https://www.sweethome3d.com). Changes: the models were "
             "scaled to the\nunit sphere and rendered at 64 x 64 pixels. Object ids are the "
             "library followed by the model file.\n")
-    for library, (licence, address, owner) in LIBRARIES.items():
-        by_creator = {}
-        for entry in objects:
-            if entry["library"] == library:
-                label = f"{entry['name']} ({entry['id'][len(library) + 1:]})"
-                by_creator.setdefault(entry["creator"], []).append(label)
-        text += f"\n### {library}: {licence}\n\n{owner}. Licence: {address}\n\n"
-        for creator in sorted(by_creator, key=str.lower):
-            text += f"- **{creator}**: {', '.join(by_creator[creator])}\n"
+    for library, (licence, owner) in LIBRARIES.items():
+        text += (f"\n### {library}: {licence}\n\n{owner}. "
+                 f"Licence: https://creativecommons.org/{LICENCES[licence]}\n\n")
+        made = {}
+        for e in (e for e in objects if e["library"] == library):
+            made.setdefault(e["creator"], []).append(f"{e['name']} ({e['stem']})")
+        for creator in sorted(made, key=str.lower):
+            text += f"- **{creator}**: {', '.join(made[creator])}\n"
     return text
-
-
-def unpack_furniture(package, folder):
-    """Unpack the libraries of the .deb into folder/NAME; None downloads it first."""
-    package = package or fetch(["apt-get", "download", FURNITURE_PACKAGE], folder)
-    subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
-    for library in LIBRARIES:
-        path = folder / f"root/usr/share/sweethome3d/furniture/{library}.sh3f"
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder / library)
 
 
 @main.command()
 @click.option("--package", type=click.Path(exists=True), help="The .deb (default: apt-get).")
 def furniture(package):
-    """Make furniture64.zip: CLASS/ID/transforms.json and views, and the split of each class."""
+    """Make furniture.zip: CLASS/ID/transforms.json and views, and the split of each class."""
+    entries, used, files, fingerprints = [], [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        unpack_furniture(package, Path(folder))
-        files, used, fingerprints = {}, [], {}
-        for number, entry in enumerate(read_catalogue(Path(folder)), 1):
+        root = unpack_deb(package, FURNITURE_PACKAGE, folder) / "usr/share/sweethome3d/furniture"
+        for library in LIBRARIES:
+            with zipfile.ZipFile(root / f"{library}.sh3f") as archive:
+                archive.extractall(root / library)
+            entries += read_library(library, root / library)
+        for entry in sorted(entries, key=lambda entry: entry["id"]):
             try:
-                views, coverage, fingerprints[entry["id"]] = render_object(entry)
+                views, fingerprints[entry["id"]] = render_object(entry)
             except ValueError as error:
                 click.echo(f"left out {entry['id']}: {error}")
                 continue
-            if coverage < MIN_COVERAGE:
-                click.echo(f"left out {entry['id']}: covers {coverage:.1%} of its pictures")
-                continue
             used.append(entry)
-            place = f"{entry['class']}/{entry['id']}"
-            files.update({f"{place}/{name}": data for name, data in views.items()})
-            if number % 50 == 0:
-                click.echo(f"{number} models ...")
-    for kind, name in SPLIT_NAME.items():
+            files |= {f"{entry['class']}/{entry['id']}/{n}": data for n, data in views.items()}
+    for kind, (name, _, val, test) in CLASSES.items():
         members = [entry for entry in used if entry["class"] == kind]
-        groups, test = split_objects(members, [fingerprints[entry["id"]] for entry in members])
-        train = sorted(set(groups) - set(test))
-        split = {"train": train, "val": [], "test": test}
-        files[f"{name}_splits.json"] = json.dumps(split, indent=1).encode()
-        click.echo(f"{kind}: {len(train)} for training, {len(test)} for test; "
-                   f"{len(set(groups.values()))} groups of near-duplicates")
-    write_zip(DATA / "furniture64.zip", files)
-    write_credits("furniture64.zip", furniture_credits(used))
+        splits = split_objects(members, [fingerprints[e["id"]] for e in members], val, test)
+        files[f"{name}_splits.json"] = json.dumps(splits, indent=1).encode()
+        click.echo(f"{kind}: {counts(splits)}")
+    write_zip(DATA / "furniture.zip", files)
+    write_credits("furniture.zip", furniture_credits(used))
 
 
 # ---- Pretrained models: a trained run in half precision, and what it scores ------------------

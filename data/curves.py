@@ -1,0 +1,371 @@
+"""Curves: samples and posteriors of Gaussian processes, and series read from tables of numbers.
+
+Shapes: B curves, N context points, M targets, D value columns; all tensors are float64.
+"""
+
+import csv
+import itertools
+import math
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.images import Tree, read_all
+
+KERNELS = ("rbf", "matern52", "periodic")
+NOISE = 0.02  # standard deviation of the noise on a curve
+MAX_CONTEXT = 46  # context points of a curve; with its targets fewer than 50
+
+# ------------------------------------------------------------------------- Gaussian processes
+def covariance(kernel: str, x1: Tensor, x2: Tensor, length, scale, period) -> Tensor:
+    """Kernel matrices (B, N, M) of points (B, N, 1), (B, M, 1); hyperparameters (B, 1, 1)."""
+    d = x1 - x2.mT  # (B, N, M)
+    if kernel == "rbf":
+        k = torch.exp(-0.5 * (d / length).square())
+    elif kernel == "matern52":
+        d = 5**0.5 * d.abs() / length
+        k = (1 + d + d.square() / 3) * torch.exp(-d)
+    elif kernel == "periodic":
+        k = torch.exp(-2 * (torch.sin(math.pi * d / period) / length).square())
+    else:
+        raise ValueError(f"kernel={kernel!r} is unknown; use one of {', '.join(KERNELS)}")
+    return scale.square() * k
+
+
+def _cholesky(kernel, x, hyper, noise):
+    """Cholesky factor (B, N, N) of the covariance of noisy observations at x (B, N, 1)."""
+    eye = torch.eye(x.shape[-2], dtype=x.dtype)
+    return torch.linalg.cholesky(covariance(kernel, x, x, *hyper) + noise**2 * eye)
+
+
+def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, noise=NOISE):
+    """GP samples: x in [-2, 2] and y, each (B, N, 1), and hyper = (length, scale, period).
+
+    length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1); Gaussian noise.
+    """
+    u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
+    hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
+    x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
+    white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    return x, _cholesky(kernel, x, hyper, noise) @ white, hyper
+
+
+def sampler(kernel: str) -> Callable:
+    """draw(batch, points, gen) -> x, y (B, points, 1); kernel "all": the generator picks one."""
+    kernels = KERNELS if kernel == "all" else (kernel,)
+
+    def draw(batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
+        return draw_curves(kernels[pick], batch, points, gen)[:2]
+
+    return draw
+
+
+def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
+    """Test sets of 16 curves: x, y (16, n + M, 1), hyper and n, the number of context points.
+
+    n U{3..46}, n + M < 50; the context comes first. Another seed gives a validation split.
+    """
+    for i in range(count):
+        key = (seed, i, KERNELS.index(kernel), 4)
+        gen = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+        n = int(torch.randint(3, MAX_CONTEXT + 1, (), generator=gen))
+        m = int(torch.randint(3, 50 - n, (), generator=gen)) if n < MAX_CONTEXT else 3
+        yield *draw_curves(kernel, 16, n + m, gen), n
+
+
+def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE) -> tuple[Tensor, Tensor]:
+    """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (B, M, 1)."""
+    factor = _cholesky(kernel, x, hyper, noise)
+    a = torch.linalg.solve_triangular(factor, covariance(kernel, x, xt, *hyper), upper=False)
+    b = torch.linalg.solve_triangular(factor, y, upper=False)
+    var = hyper[1].square() + noise**2 - a.square().sum(1, keepdim=True).mT
+    return a.mT @ b, var.clamp(min=1e-12).sqrt()
+
+
+def joint_log_likelihood(kernel: str, x, y, xt, yt, hyper, noise=NOISE) -> Tensor:
+    """Exact joint log density of the targets given the context, divided by M: (B,)."""
+    factor = _cholesky(kernel, torch.cat((x, xt), 1), hyper, noise)  # (B, N + M, N + M)
+    white = torch.linalg.solve_triangular(factor, torch.cat((y, yt), 1), upper=False)
+    terms = white[..., 0].square() / 2 + factor.diagonal(dim1=1, dim2=2).log()  # (B, N + M)
+    return -terms[:, x.shape[1]:].mean(1) - 0.5 * math.log(2 * math.pi)  # log p(yt_i | y, yt_<i)
+
+
+def fit_gp(x: Tensor, y: Tensor, noises: tuple = (NOISE,)):
+    """RBF hyperparameters and noise of the highest marginal likelihood on a grid.
+
+    x, y (B, N, 1); returns (length, scale, None) and noise, each (B, 1, 1).
+    """
+    lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
+    grid = torch.cartesian_prod(lengths, scales, torch.tensor(noises)).to(x)  # (G, 3)
+    length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
+    factor = _cholesky("rbf", x, (length, scale, None), noise)  # (G, B, N, N)
+    white = torch.linalg.solve_triangular(factor, y.expand(len(grid), -1, -1, -1), upper=False)
+    evidence = -0.5 * white.square().sum((2, 3)) - factor.diagonal(dim1=2, dim2=3).log().sum(2)
+    length, scale, noise = grid[evidence.argmax(0), :, None, None].unbind(1)  # (B, 1, 1)
+    return (length, scale, None), noise
+
+
+# ------------------------------------------------------------------------- tables of numbers
+MAX_BYTES = 2**24
+LAYOUTS = tuple(itertools.product((",", ";", "\t", None), ".,"))  # delimiter, decimal mark
+SWAP_MARKS = str.maketrans(",.", ".,")
+GAPS = ("", "na", "n/a", "null", "none", "-")  # float() knows nan and inf
+DAY = timedelta(days=1)
+
+
+class Table(NamedTuple):
+    """A series; with dates x is in days since `origin`, the earliest; y is 0 in gaps."""
+
+    x: Tensor  # (N, 1)
+    y: Tensor  # (N, D)
+    mask: Tensor  # (N, D) bool, False in gaps
+    x_name: str
+    y_names: list[str]
+    dates: bool
+    origin: datetime | None
+    notes: list[str]
+
+
+def _text(data: bytes) -> str:
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding).replace("\u2212", "-")  # a typographic minus sign
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _split(line: str, delimiter: str | None) -> list[str]:
+    """Cells of a line; without a delimiter at blanks, but not between a date and its time."""
+    if delimiter:
+        row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    else:
+        row = re.sub(r"(\d-\d\d) +(\d\d:)", r"\1T\2", line).split()
+    return [cell.strip(' \t"') for cell in row]
+
+
+def _value(cell: str, decimal: str) -> float | datetime | str:
+    """A number (NaN in a gap), an ISO date in UTC, or text."""
+    try:
+        value = float(cell.translate(SWAP_MARKS) if decimal == "," else cell)
+        return value if abs(value) < 1e100 else math.nan
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(f"{cell}-01" if len(cell) == len("2020-01") else cell)
+        return date.replace(tzinfo=None) - (date.utcoffset() or 0 * DAY)
+    except (ValueError, OverflowError):
+        return math.nan if cell.lower() in GAPS else cell
+
+
+def _rows(lines: list[str], delimiter: str | None, decimal: str) -> list[list]:
+    """Values of every line, none in a comment."""
+    return [[] if line.lstrip()[:1] in "#%!" else
+            [_value(cell, decimal) for cell in _split(line, delimiter)] for line in lines]
+
+
+def _is_full(row: list) -> bool:
+    return sum(value == value and not isinstance(value, str) for value in row) > 1
+
+
+def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
+    """Rows of values from the first one on, names of columns, {column: float or datetime}."""
+    sample = [line[:2000] for line in lines[:: len(lines) // 200 + 1]]
+
+    def score(layout):
+        rows = _rows(sample, *layout)
+        return sum(map(_is_full, rows)), -sum(isinstance(v, str) for row in rows for v in row)
+
+    delimiter, decimal = max(LAYOUTS, key=score)
+    rows = _rows(lines, delimiter, decimal)
+    full = [i for i, row in enumerate(rows) if _is_full(row)]
+    width = Counter([len(rows[i]) for i in full] or [0]).most_common(1)[0][0]
+    full = [i for i in full if len(rows[i]) >= width]
+    columns = zip(*(rows[i][:width] for i in full))
+    types = [Counter(type(v) for v in column if v == v).most_common(1) for column in columns]
+    kinds = {j: top[0][0] for j, top in enumerate(types) if top and top[0][0] is not str}
+    if len(kinds) < 2:
+        raise ValueError("no rows of two numbers x,y")
+    first = next(i for i in full if not isinstance(rows[i][min(kinds)], str))
+    header = _split(lines[first - 1].lstrip("#%! "), delimiter) if first else []
+    spare = ["x", "y"] if width == 2 else [f"column {j + 1}" for j in range(width)]
+    names = [a or b for a, b in zip(header, spare)] if len(header) == width else spare
+    return rows[first:], names, kinds
+
+
+def _choose(columns: str | None, names: list[str], kinds: dict) -> list[int]:
+    """Column numbers from 0 of what `read_table` takes as `columns`."""
+    if columns in (None, "all"):
+        return list(kinds) if columns else list(kinds)[:2]
+    words = [word.strip() for word in next(csv.reader([columns]), [])]
+    known = {str(j + 1): j for j in kinds} | {names[j]: j for j in reversed(kinds)}
+    if len(words) < 2 or not known.keys() >= set(words):
+        raise ValueError(f"columns {columns!r} should be x,y or x,y1,y2, each the name or number "
+                         f"of one of {', '.join(f'{j + 1} {names[j]}' for j in kinds)[:200]}")
+    return [known[word] for word in words]
+
+
+def _series(lines: list[str], columns: str | None) -> Table:
+    rows, names, kinds = _grid(lines)
+    chosen, found, left = _choose(columns, names, kinds), [], 0
+    for row in filter(None, rows):
+        x, *y = (row[j] if j < len(row) else math.nan for j in chosen)
+        if type(x) is not kinds[chosen[0]] or x != x or all(v != v for v in y):
+            left += 1
+        elif all(isinstance(v, float) for v in y):
+            found.append((x, y))
+        else:
+            raise ValueError(f"at {names[chosen[0]]} = {x} stands {str(y)[1:-1][:80]}, which should"
+                             " be numbers; a gap is an empty cell, NaN or NA")
+    if len(found) < 2:
+        raise ValueError(f"{len(found)} row of numbers; a series has two or more")
+    notes = [f"rows without x or y, left out: {left}"] * (left > 0)
+    if len(chosen) < len(kinds):
+        others = ", ".join(names[j] for j in kinds if j not in chosen)
+        notes.append(f"columns that are not read: {others[:200]} (choose by x,y)")
+    origin = min(x for x, _ in found) if kinds[chosen[0]] is datetime else None
+    x = [[(x - origin) / DAY if origin else x] for x, _ in found]
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, [y for _, y in found]))
+    return Table(x, y.nan_to_num(), ~y.isnan(), names[chosen[0]], [names[j] for j in chosen[1:]],
+                 bool(origin), origin, notes)
+
+
+def read_table(path, columns: str | None = None, data: bytes | None = None) -> Table:
+    """Series of a file, or of `data`, its bytes: any delimiter, decimal mark, header, ISO dates.
+
+    columns: "x,y" or "x,y1,y2" by name or number from 1; "all"; None: the first two of numbers.
+    Rows without x or without any y are left out. Raises ValueError for what is no such table.
+    """
+    if data is None:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MB; give a part of it")
+        return _series([line for line in _text(data).splitlines() if line.strip()], columns)
+    except (ValueError, csv.Error) as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+# ------------------------------------------------------------------------- sets of series
+SUFFIXES = (".csv", ".tsv", ".txt", ".dat")
+TENTHS = {"train": (0, 8), "val": (8, 9), "test": (9, 10), "all": (0, 10)}
+MIN_POINTS = 6
+
+
+def standardise(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
+    """x (..., N, 1) over [-2, 2], each column of y (..., N, D) with mean 0 and std 0.5 where seen.
+
+    units = (x_mid, x_scale, y_mean, y_scale): x = x' x_scale + x_mid, y = y' y_scale + y_mean.
+    """
+    seen = torch.ones_like(y) if mask is None else mask.to(y)
+    count = seen.sum(-2, keepdim=True).clamp(min=1)
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    mean = (y * seen).sum(-2, keepdim=True) / count
+    std = (((y - mean) * seen).square().sum(-2, keepdim=True) / count).sqrt()
+    x_mid, x_scale = (low + high) / 2, torch.where(high > low, (high - low) / 4, 1)
+    y_scale = torch.where(std > 1e-12 * mean.abs(), 2 * std, 1)  # 1 where y is constant
+    return (x - x_mid) / x_scale, (y - mean) * seen / y_scale, (x_mid, x_scale, mean, y_scale)
+
+
+def _load(path, columns: str | None) -> list[tuple[str, Tensor, Tensor]]:
+    """Every y of every file as (name of file or column, x (N, 1), y (N, 1)), sorted by x."""
+    if Path(path).is_dir() or zipfile.is_zipfile(path):
+        tree = Tree(path)
+
+        def read(name):
+            try:
+                return name, read_table(name, columns or "all", tree.read(name))
+            except (ValueError, OSError) as e:
+                return str(e)
+
+        names = [name for name in tree.names if name.lower().endswith(SUFFIXES)]
+        if not names:
+            raise ValueError(f"{path}: no series in it, files {' '.join(SUFFIXES)}")
+        tables = read_all(names, read, "series files")
+    else:
+        tables = [("", read_table(path, columns or "all"))]
+    curves = []
+    for file, table in tables:
+        order = table.x[:, 0].argsort(stable=True)
+        for j, name in enumerate(table.y_names):
+            rows = order[table.mask[order, j]]
+            curves.append((file or name, table.x[rows], table.y[rows, j : j + 1]))
+    return curves
+
+
+def _part(items, split: str):
+    first, last = TENTHS[split]
+    return items[len(items) * first // 10 : len(items) * last // 10]
+
+
+class CurveSet:
+    """Curves of a folder, a zip or a file x,y1,y2,...: every value column of a file is a curve.
+
+    split: train, val and test are 80, 10 and 10 % of the files (or of the columns of a lone file)
+    by a hash of the name; of fewer than 10 they are the first 80, the next 10 and the last 10 % of
+    every curve. "all" is everything. limit > 0: only so many curves. Curves in windows of `points`
+    neighbouring points, or fewer where a curve is shorter, each standardised.
+    Attributes: names, source (one line), points (of the longest window; `draw` can give as many).
+    """
+
+    def __init__(self, path, split: str = "train", columns=None, points: int = 48, limit: int = 0):
+        if split not in TENTHS:
+            raise ValueError(f"split={split!r} is unknown; use one of {', '.join(TENTHS)}")
+        curves = _load(path, columns)
+        units = sorted({unit for unit, *_ in curves},
+                       key=lambda unit: (zlib.crc32(unit.encode(errors="replace")), unit))
+        if by_name := len(units) >= 10:
+            chosen = set(_part(units, split))
+            curves = [curve for curve in curves if curve[0] in chosen]
+        else:
+            curves = [(unit, _part(x, split), _part(y, split)) for unit, x, y in curves]
+        curves = [curve for curve in curves if len(curve[1]) >= MIN_POINTS][: limit or None]
+        if not curves:
+            raise ValueError(f"{path}: no curve of {MIN_POINTS} points in the {split} split; "
+                             "give longer series, or more of them")
+        self.names, xs, ys = (list(column) for column in zip(*curves))
+        self.counts = torch.tensor([len(x) for x in xs])
+        self.first = self.counts.cumsum(0) - self.counts
+        self.x, self.y = torch.cat(xs), torch.cat(ys)
+        self.window, self.points = points, min(points, int(self.counts.max()))
+        self.source = (f"{path}: {len(curves)} curves in {split}, split by "
+                       f"{'name' if by_name else 'time'}, {len(self.x)} points")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`points` random points of random windows, in random order: x, y (B, points, 1)."""
+        able = (self.counts >= points).nonzero()[:, 0]
+        if not len(able):
+            raise ValueError(f"{points} points: the longest curve has {int(self.counts.max())}")
+        pick = able[torch.randint(len(able), (batch,), generator=gen)]
+        counts = self.counts[pick]
+        length = min(max(points, self.window), int(counts.min()))
+        start = torch.rand(batch, generator=gen, dtype=torch.float64) * (counts - length + 1)
+        rows = (self.first[pick] + start.long())[:, None] + torch.arange(length)  # (B, length)
+        x, y, _ = standardise(self.x[rows], self.y[rows])
+        order = torch.rand(batch, length, generator=gen).argsort(1)[:, :points, None]
+        return x.gather(1, order), y.gather(1, order)
+
+    def windows(self, batch: int = 16, repeats: int = 10) -> Iterator:
+        """All windows, `repeats` times split at random: x, y (up to B, P, 1), None, P // 2 seen."""
+        groups = {}
+        for first, count in zip(self.first.tolist(), self.counts.tolist()):
+            length = min(self.window, count)
+            groups.setdefault(length, []).extend(range(first, first + count - length + 1, length))
+        for i, (length, starts) in itertools.product(range(repeats), groups.items()):
+            key = repr((0, i, 10)).encode()
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key)))
+            for rows in (torch.tensor(starts)[:, None] + torch.arange(length)).split(batch):
+                x, y, _ = standardise(self.x[rows], self.y[rows])
+                yield x[:, order], y[:, order], None, length // 2

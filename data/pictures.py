@@ -1,0 +1,221 @@
+"""Pictures for people: grids of images, plots with axes, and files of any format, with pillow.
+
+A picture is an array (H, W, 3) uint8; pixels are a tensor (H, W, C) in [0, 1].
+"""
+
+import io
+import math
+from datetime import datetime, timedelta
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG", "": "folder"}
+COLORS = "#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#a16207", "#0e7490"  # of lines
+MONTH_STEPS = 1, 2, 3, 6, 12, 24, 60, 120, 240, 600, 1200, 2400, 6000, 12000, 24000
+DAY_STEPS = *(n / 1440 for n in (1, 5, 15, 30, 60, 180, 360, 720)), 1, 2, 5, 10
+FINE = 3  # plots are drawn this many times as large, then reduced
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Values in [0, 1], clamped -> uint8 array of the same shape."""
+    return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def image_grid(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
+    """Rows of pictures -> one picture, on white; the pictures may differ in size."""
+    high, wide = (max(p.shape[axis] for row in rows for p in row) + gap for axis in (0, 1))
+    out = np.full((len(rows) * high, max(map(len, rows)) * wide, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, p in enumerate(row):
+            out[i * high : i * high + len(p), j * wide : j * wide + p.shape[1]] = p
+    return out[: len(out) - gap, : out.shape[1] - gap]
+
+
+def enlarge(pixels: np.ndarray, factor: int = 2) -> np.ndarray:
+    """(H, W, ...) with every pixel as factor x factor."""
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def resize(pixels: Tensor, side: int | tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """(H, W, C) -> (side, side, C), or (*side, C) of two sides; mode as in F.interpolate."""
+    return F.interpolate(pixels.movedim(-1, 0)[None].float(), side, mode=mode)[0].movedim(0, -1)
+
+
+def signed_map(weights: Tensor, limit: float | None = None) -> Tensor:
+    """(H, W) -> (H, W, 3) in [0, 1]: 0 is white, `limit` red, -limit blue (default: 3 std)."""
+    w = (weights / (limit or 3 * float(weights.std(correction=0)) or 1)).clamp(-1, 1).unsqueeze(-1)
+    return 1 - w.clamp(min=0) * w.new_tensor([0, 1, 1]) + w.clamp(max=0) * w.new_tensor([1, 1, 0])
+
+
+def picture_format(path, animated: bool = False) -> str:
+    """The format of a file name, for write; ValueError for one that cannot be written."""
+    suffix = "" if Path(path).is_dir() else Path(path).suffix.lower()
+    kind = ANIMATIONS.get(suffix) if animated else Image.registered_extensions().get(suffix)
+    if kind and not animated:
+        try:
+            Image.new("RGB", (16, 16)).save(io.BytesIO(), kind)
+        except (KeyError, OSError, ValueError):  # read only, or without color
+            kind = None
+    if not kind:
+        names = ".gif, .webp or .png, or name a folder" if animated else ".png, .jpg, .webp or .gif"
+        raise ValueError(f"{path}: not a format that can be written; end the name in {names}")
+    return kind
+
+
+def write(pictures: list[np.ndarray], file, format: str):
+    """Write one picture, or several as an animation of 12 frames a second or into a folder."""
+    first, *rest = images = [Image.fromarray(p) for p in pictures]
+    if format == "folder":
+        Path(file).mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(Path(file) / f"{i:03}.png")
+    else:
+        several = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0}
+        first.save(file, format, **several if rest else {}, quality=95)
+
+
+def ticks(low: float, high: float) -> dict[float, str]:
+    """Up to seven round numbers from low to high, with their labels."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n * 6 >= high - low)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    style = f".{digits}f" if digits < 5 and max(abs(low), abs(high)) < 1e6 else ".6g"
+    steps = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return {i * step: format(i * step, style) for i in steps}
+
+
+def log_ticks(low: float, high: float) -> dict[float, str]:
+    """Powers of ten from 10 ** low to 10 ** high, with their labels."""
+    powers = range(round(low), round(high) + 1, round(high - low) // 8 + 1)
+    return {10.0**p: f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}" for p in powers}
+
+
+def date_ticks(low: float, high: float, origin: datetime) -> dict[float, str]:
+    """As ticks, of days since `origin`: firsts of months, or days, or times of the day."""
+    zero, day = datetime(1, 1, 1), timedelta(1)
+    shift = (origin - zero) / day
+    if high - low > 60:
+        step = next(n for n in MONTH_STEPS if n * 183 >= high - low)
+        months = range(step, 120000, step)  # since the year 0
+        dates = [datetime(m // 12, m % 12 + 1, 1) for m in months if m >= 12]
+        style = "%Y-%m" if step % 12 else "%Y"
+    else:
+        step = next(n for n in DAY_STEPS if n * 6 >= high - low)
+        steps = range(math.floor((low + shift) / step), math.ceil((high + shift) / step) + 1)
+        dates = [zero + i * step * day for i in steps]
+        style = "%Y-%m-%d" if step >= 1 else "%d. %H:%M"
+    marks = {(date - origin) / day: f"{date:{style}}" for date in dates}
+    return {mark: label for mark, label in marks.items() if low <= mark <= high}
+
+
+def floats(values) -> np.ndarray:
+    """A tensor, array or list of numbers -> (N,) float64."""
+    return torch.as_tensor(values).detach().double().cpu().numpy().reshape(-1)
+
+
+class Plot:
+    """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units."""
+
+    def __init__(self, size, xs, ys, x_name, y_name, log=(False, False), origin=None):
+        self.log, self.font = log, ImageFont.load_default(11 * FINE)
+        self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.ranges = self.range(floats(xs), 0), self.range(floats(ys), 1)
+        marks = [(log_ticks if is_log else ticks)(*r) for is_log, r in zip(log, self.ranges)]
+        marks[0] = date_ticks(*self.ranges[0], origin) if origin else marks[0]
+        left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
+        top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
+        self.frame = (left, right), (bottom, top)
+        taken = 0
+        for x, label in zip(self.place(list(marks[0]), 0), marks[0].values()):
+            self.pen.line((x, top, x, bottom), "#e5e7eb", FINE)
+            half = self.font.getlength(label) / 2
+            x = min(x, self.image.width - half)
+            if x - half >= taken:  # labels do not overlap
+                self.text((x, bottom + 15 * FINE), label, "ms")
+                taken = x + half + 6 * FINE
+        for y, label in zip(self.place(list(marks[1]), 1), marks[1].values()):
+            self.pen.line((left, y, right, y), "#e5e7eb", FINE)
+            self.text((left - 5 * FINE, y), label, "rm")
+        self.pen.rectangle((left, top, right, bottom), outline="#9ca3af", width=FINE)
+        self.text((right, self.image.height - 6 * FINE), x_name, "rs")
+        self.text((left, 14 * FINE), y_name, "ls")
+
+    def range(self, values: np.ndarray, axis: int) -> tuple[float, float]:
+        """Ends of an axis; of a logarithmic one powers of ten that are whole."""
+        values = np.log10(values[values > 0]) if self.log[axis] else values
+        values = values[np.isfinite(values)]
+        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+        if self.log[axis]:
+            return math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+        room = 0.04 * axis * (high - low) if high - low > 1e-9 * abs(high) else abs(high) / 10 or 1
+        return low - room, high + room
+
+    def place(self, values, axis: int) -> np.ndarray:
+        """Values -> where they stand in the image, at its edge if the axis does not hold them."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.log10(floats(values)) if self.log[axis] else floats(values)
+        return np.interp(values, self.ranges[axis], self.frame[axis])
+
+    def points(self, x, y) -> list[tuple[float, float]]:
+        places = np.stack((self.place(x, 0), self.place(y, 1)), 1)
+        return [tuple(p) for p in places[np.isfinite(places).all(1)]]
+
+    def text(self, place, text: str, anchor: str, color="#374151"):
+        self.pen.text(place, text, color, self.font, anchor)
+
+    def line(self, x, y, color: str, width: float = 2):
+        self.pen.line(self.points(x, y), color, round(width * FINE), "curve")
+
+    def dots(self, x, y, color: str, radius: float = 3):
+        for a, b in self.points(x, y):
+            self.pen.circle((a, b), radius * FINE, color)
+
+    def pixels(self) -> np.ndarray:
+        return np.array(self.image.reduce(FINE))
+
+
+def curve_plot(x, mean, low, high, samples, context, held_out=None, size=(480, 320),
+               x_name: str = "x", y_name: str = "y", dates_origin=None) -> np.ndarray:
+    """Plot of a prediction in the user's units -> (H, W, 3) uint8, size = (W, H).
+
+    x, mean, low, high (N,): the curve and the edges of its 95 % band; samples: curves (N,);
+    context, held_out: points (x (M,), y (M,)); dates_origin: a datetime if x is days since it.
+    """
+    dots = [(context, "black")] + [(held_out, "#e08a2b")] * (held_out is not None)
+    xs, ys = (np.concatenate([floats(points[axis]) for points, _ in dots]) for axis in (0, 1))
+    plot = Plot(size, np.concatenate((floats(x), xs)),
+                np.concatenate((floats(low), floats(high), ys)), x_name, y_name,
+                origin=dates_origin)
+    band = plot.points(x, high) + plot.points(x, low)[::-1]
+    plot.pen.polygon(band, "#d6e4f5")
+    for sample in samples:
+        plot.line(x, sample, "#8fb3de", 1)
+    plot.line(x, mean, "#1f4e8c")
+    for (a, b), color in reversed(dots):
+        plot.dots(a, b, color)
+    return plot.pixels()
+
+
+def line_plot(lines: dict[str, list], x_name: str = "x", y_name: str = "y", size=(480, 320),
+              log: tuple[bool, bool] = (False, False)) -> np.ndarray:
+    """Plot of named lines, rows (x, y) each -> (H, W, 3) uint8, size = (W, H).
+
+    log: whether x and y are logarithmic. The names stand above, in the color of their line.
+    """
+    rows = [np.array(r, float).reshape(-1, 2) for r in lines.values()]
+    plot = Plot(size, *np.concatenate(rows).T, x_name, y_name, log)
+    place = plot.frame[0][1]
+    for points, color in zip(rows, cycle(COLORS)):
+        plot.line(*points.T, color)
+        plot.dots(*points.T, color, 2)
+    for name, color in reversed(list(zip(lines, cycle(COLORS)))):
+        plot.text((place, 14 * FINE), name, "rs", color)
+        place -= plot.font.getlength(name + "   ")
+    return plot.pixels()
