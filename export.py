@@ -31,7 +31,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 import tinyinr
-from tinyinr import VALUE_DIM, Commands, Config, RunFailed
+from tinyinr import Commands, ModelConfig, RunFailed
 
 TOLERANCE = 1e-4  # largest error against PyTorch, relative where values exceed 1
 ONE_FILE = 1.5e9  # bytes of weights; more of them go to a second file, as protobuf ends at 2 GB
@@ -72,14 +72,14 @@ def meanings(names) -> str:
     return json.dumps({k: MEANING.get(k) or MEANING.get(k.partition("_")[0], LAYER) for k in names})
 
 
-def notes(cfg: Config) -> list[str]:
+def notes(cfg: ModelConfig) -> list[str]:
     """What the graphs fix, and what a caller could get wrong."""
     side = cfg.image_size
     lines = {
         "image": [f"static: the context has {side} x {side} pixels, each patch a learned position"],
         "nvs": [f"static: {cfg.points_per_ray} points per ray",
                 f"static: views have {side} x {side} pixels, each patch a learned position"
-                if cfg.view_positions else
+                if cfg.grid else
                 f"views may have any size; trained with {side} x {side} pixels",
                 f"trained with near={cfg.near:g} and far={cfg.far:g}"],
         "gp": ["trained on x in [-2, 2]; mask 0 pads contexts to one length"],
@@ -91,43 +91,45 @@ def notes(cfg: Config) -> list[str]:
     return lines
 
 
-def context_shapes(cfg: Config) -> dict[str, tuple]:
+def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
     """Name -> shape of what an encoder reads; a free dimension is a word."""
     if cfg.task == "image":
         image, mask = (("batch", n, cfg.image_size, cfg.image_size) for n in (3, 1))
         return {"image": image, "mask": mask} if cfg.masked else {"image": image}
     if cfg.task == "nvs":
-        size = (cfg.image_size, cfg.image_size) if cfg.view_positions else ("height", "width")
+        size = (cfg.image_size, cfg.image_size) if cfg.grid else ("height", "width")
         return {"images": ("batch", "views", 3, *size), "poses": ("batch", "views", 3, 4),
                 "focals": ("batch", "views", 2)}
-    return {"x": ("batch", "points", 1), "y": ("batch", "points", 1), "mask": ("batch", "points")}
+    values = ("batch", "points", cfg.n_values)
+    mask = values[: 2 if cfg.n_values == 1 else 3]  # of points, or of every value
+    return {"x": ("batch", "points", 1), "y": values, "mask": mask}
 
 
 def code_shapes(model: nn.Module) -> dict[str, tuple]:
     """Name -> shape of a code; its length is free where it depends on the context's."""
     cfg, shapes = model.cfg, {}
     free = {"image": (), "nvs": ("tokens", "pool"), "gp": ("pool",)}[cfg.task]
-    free = ("pool",) if free and cfg.local else free  # a lattice has as many tokens as places
+    if cfg.grid:  # as many tokens as voxels; curves average the prior over fixed places
+        free = ("pool",) if cfg.task == "nvs" else ()
     for name, value in model.encode(draw(cfg, context_shapes(cfg))).items():
         word = name.partition("_")[0]
         shapes[name] = ("batch", word if word in free else value.shape[1], *value.shape[2:])
     return shapes
 
 
-def query_shapes(cfg: Config) -> dict[str, tuple]:
+def query_shapes(cfg: ModelConfig) -> dict[str, tuple]:
     """Name -> shape of what a decoder is asked, and of the noise if there are latents."""
     rays = ("batch", "queries", 3)
     shapes = {"image": {"coords": ("batch", "queries", 2)},
               "nvs": {"rays_o": rays, "rays_d": rays, "near": ("batch",), "far": ("batch",)},
               "gp": {"x": ("batch", "queries", 1)}}[cfg.task]
-    return shapes | ({"eps": (cfg.blocks, "batch", 1, cfg.latent)} if cfg.model == "vnp" else {})
+    return shapes | ({"eps": (cfg.n_blocks, "batch", 1, cfg.latent)} if cfg.model == "vnp" else {})
 
 
-def value_shapes(cfg: Config) -> dict[str, tuple]:
+def value_shapes(signal) -> dict[str, tuple]:
     """Name -> shape of what comes out of a decoder."""
-    channels = VALUE_DIM[cfg.task]
-    names = ("mean", "std") if cfg.out_dim > channels else ("mean",)
-    return dict.fromkeys(names, ("batch", "queries", 3 if cfg.task == "nvs" else channels))
+    names = ("mean", "std") if signal.gaussian else ("mean",)
+    return dict.fromkeys(names, ("batch", "queries", signal.value_dim))
 
 
 EXAMPLE = {"batch": 2, "queries": 3, "views": 4, "points": 6}  # distinct, so that none is confused
@@ -149,7 +151,7 @@ IN_RANGE = {  # uniform numbers in [0, 1) -> inputs that make sense; rays hit a 
 }
 
 
-def draw(cfg: Config, shapes: dict[str, tuple], seed: int = 0, **sizes: int) -> dict[str, Tensor]:
+def draw(cfg: ModelConfig, shapes: dict[str, tuple], seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     """Random tensors of these shapes; free dimensions are as long as in `sizes` or in EXAMPLE."""
     gen = torch.Generator().manual_seed(seed)
     sizes = EXAMPLE | {"height": 4 * cfg.patch, "width": 5 * cfg.patch} | sizes
@@ -177,7 +179,7 @@ class Graph(nn.Module):
         self.query = {} if part == "encoder" else {
             "query_" * (k in given) + k: shape for k, shape in query_shapes(model.cfg).items()}
         self.inputs = given | self.query
-        self.outputs = code if part == "encoder" else value_shapes(model.cfg)
+        self.outputs = code if part == "encoder" else value_shapes(model.signal)
 
     def forward(self, *tensors):
         given = dict(zip(self.inputs, tensors))
@@ -264,7 +266,7 @@ def annotate(proto: onnx.ModelProto, graph: Graph, opset: int, sha256: str):
 def round_weights(model: nn.Module):
     """Round the matrices of the hypernetwork to half precision; the INR's own stay as they are."""
     for name, module in model.named_modules():
-        hyper = name.startswith(("tokenizer.", "transformer.", "heads."))
+        hyper = name.startswith(("tokenizer.", "transformer.", "weight_heads."))
         if hyper and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.weight.copy_(module.weight.half())
 
@@ -292,12 +294,11 @@ def store_half(proto: onnx.ModelProto) -> int:
 
 def quality(model: nn.Module) -> float:
     """PSNR in dB, or log-likelihood of curves, of the first bundled held-out signals."""
-    cfg, device = model.cfg, tinyinr.choose_device("cpu")
-    data = tinyinr.DATASETS[cfg.task](cfg, None, "test", 2 if cfg.task == "nvs" else 16)
-    if cfg.task != "gp":
-        return tinyinr.evaluate(model, data, device)["all"]["psnr"]
-    scores = tinyinr.evaluate_curves(model, data, device, samples=1)
-    return float(np.mean([row["target_ll"] for row in scores.values()]))
+    limit = {"image": 16, "nvs": 2, "gp": 16}[model.cfg.task]
+    data = tinyinr.open_data(model.cfg, None, "test", limit=limit)
+    scores = tinyinr.score(model, data, tinyinr.choose_device("cpu"), count=limit)
+    name = "target_ll" if model.cfg.task == "gp" else "psnr"
+    return float(np.mean([row[name] for row in scores.values()]))
 
 
 # ------------------------------------------------------------------------- verification
@@ -383,7 +384,7 @@ def main(ckpt, out, fused, fp16, opset):
     sha256, cfg = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest(), model.cfg
     if not stem.parent.is_dir():
         raise ValueError(f"{stem.parent}: no such folder; create it or choose another --out")
-    click.echo(f"{cfg.model} on {cfg.task}, preset {cfg.preset}, opset {opset}")
+    click.echo(f"{cfg.model} on {cfg.task}, opset {opset}")
     for line in notes(cfg):
         click.echo(f"  {line}")
     if fp16:

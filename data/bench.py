@@ -1,0 +1,250 @@
+"""Measure what training, encoding and decoding cost on this machine, and draw it for the README.
+
+    python data/bench.py            # every cell's training step, encoding and decoding
+    python data/bench.py inputs     # time and memory as inputs grow: data/readme/costs.json, .png
+    python data/bench.py minutes    # PSNR over the minutes of training: minutes.json, minutes.png
+
+Every cell of the first and every point of the second is measured in a process of its own, with
+random weights; a line of the second ends where the next point would take more than 20 GB or 100
+seconds. The third trains on images as the README says, once for every --seed, and scores each
+checkpoint on all held-out pictures afterwards.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import tinyinr  # noqa: E402
+from data import pictures  # noqa: E402
+
+README = ROOT / "data" / "readme"
+AXES = {  # what grows: (task, whether it is encoded or decoded, the first point)
+    "pixels decoded": ("image", "decode", 4096),
+    "rays decoded": ("nvs", "decode", 256),
+    "side of the picture encoded": ("image", "encode", 16),
+    "pictures encoded at once": ("image", "encode", 1),
+    "views encoded": ("nvs", "encode", 1),
+    "points encoded": ("gp", "encode", 4)}
+MODELS = "transinr", "vnp"
+MOST_BYTES, MOST_SECONDS = 20e9, 100.0
+
+def random_batch(cfg, recipe, device: str):
+    """Numbers of the shapes that one training step takes: context, query, target."""
+    gen, b, n = torch.Generator().manual_seed(0), recipe.batch_size, cfg.image_size
+    rand = lambda *shape: torch.rand(*shape, generator=gen)
+    if cfg.task == "gp":
+        m = recipe.n_queries or 13
+        context = {"x": 4 * rand(b, 24, 1) - 2, "y": rand(b, 24, cfg.n_values)}
+        query = {"x": 4 * rand(b, m, 1) - 2}
+    elif cfg.task == "image":
+        m = recipe.n_queries or n * n
+        context, query = {"image": rand(b, 3, n, n)}, {"coords": 2 * rand(1, m, 2) - 1}
+        if cfg.masked:
+            context["mask"] = (rand(b, 1, n, n) < 0.5).float()
+    else:
+        m = recipe.n_queries or recipe.target_views * n * n
+        pose, focals = tinyinr.look_at(torch.tensor([0.0, -4.0, 0.0])), torch.full((2,), 2.0 * n)
+        context = {"images": rand(b, cfg.n_views, 3, n, n),
+                   "poses": pose.expand(b, cfg.n_views, 3, 4),
+                   "focals": focals.expand(b, cfg.n_views, 2)}
+        o, d = tinyinr.camera_rays(pose.expand(b, 3, 4), focals.expand(b, 2), n, n,
+                                   pixels=(rand(b, m) * n * n).long())
+        jitter = rand(b, m, cfg.points_per_ray if recipe.shared_rays else 1)
+        query = {"rays_o": o, "rays_d": d, "jitter": jitter}
+    target = rand(b, m, cfg.n_values if cfg.task == "gp" else 3)
+    return tuple(tinyinr.to_device(v, device) for v in (context, query, target))
+
+
+def peak_memory(device: str) -> float:
+    """Most memory that this process has held, in MiB: the GPU's, or the system's (Unix), or 0."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    return size / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def bench_cell(cfg, recipe, name: str) -> dict:
+    """Time of a training step and its share of the machine's peak, memory, encode and decode."""
+    device = tinyinr.choose_device(name)
+    run, batch = tinyinr.Run(cfg, recipe, device), random_batch(cfg, recipe, device.name)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run.update(batch, 0.5)  # the counter does not know every fused kernel of attention
+    step = tinyinr.median_seconds(lambda: run.update(batch, 0.5), device.name)
+    memory = peak_memory(device.name)
+    model, (context, query, target) = run.model.eval(), batch
+    with torch.no_grad():
+        code = model.encode(context)
+        encode = tinyinr.median_seconds(lambda: model.encode(context), device.name)
+        decode = tinyinr.median_seconds(lambda: model.decode(code, query), device.name)
+    flops, peak = counter.get_total_flops(), tinyinr.peak_flops(device.dtype, device.name)
+    size = recipe.batch_size
+    return {"cell": f"{cfg.task}-{cfg.model}", "precision": device.why, "step_ms": 1000 * step,
+            "signals_per_s": size / step, "gflop": flops / 1e9, "share": flops / step / peak,
+            "memory_mb": memory, "encode_ms": 1000 * encode / size,
+            "decode_per_s": size * target.shape[1] / decode}
+
+
+@click.group(cls=tinyinr.Commands, invoke_without_command=True)
+@click.option("--preset", default="small", help=f"One of {', '.join(tinyinr.PRESETS)}.")
+@click.option("--batch-size", type=click.IntRange(1), help="[default: the preset's]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--json", "json_file", type=click.Path(), help="Write the figures here too.")
+@click.pass_context
+def main(ctx, preset, batch_size, device, json_file):
+    """Time training, encoding and decoding of a preset's cells on this machine."""
+    if ctx.invoked_subcommand:
+        return
+    tinyinr.check_choice("preset", preset, tinyinr.PRESETS)
+    device = tinyinr.choose_device(device).name
+    peaks = {str(dtype)[6:]: tinyinr.peak_flops(dtype, device)
+             for dtype in (torch.float32, torch.bfloat16)}
+    click.echo(f"{device}, {torch.get_num_threads()} threads; matrix products of 2,048: "
+               + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peaks.items()))
+    click.echo("          cell step ms  signals/s  GFLOP  of peak  memory MB  encode ms  decode k/s")
+    given, rows = {"batch_size": batch_size} if batch_size else {}, []
+    configs = [tinyinr.make_config(preset, *cell, **given) for cell in tinyinr.PRESETS[preset]]
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=tinyinr.keep_memory,
+                             max_tasks_per_child=1) as fresh:  # memory is kept as `train` does
+        for row in fresh.map(bench_cell, *zip(*configs), itertools.repeat(device)):
+            click.echo("{cell:>14} {step_ms:7.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:8.0%} "
+                       "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
+                           row["decode_per_s"] / 1000, **row))
+            rows.append(row)
+    tinyinr.write_json(json_file, {"peaks": peaks, "cells": rows})
+
+
+def inputs(cfg, axis: str, n: int):
+    """Random context and query in which n of what the axis names are asked for."""
+    batch, side = (n if axis == "pictures encoded at once" else 1), cfg.image_size
+    if cfg.task == "image":
+        image, coords = torch.rand(batch, 3, side, side), 2 * torch.rand(1, n, 2) - 1
+        return {"image": image}, {"coords": coords}
+    if cfg.task == "gp":
+        x = 4 * torch.rand(1, n, 1) - 2
+        return {"x": x, "y": x.sin()}, {"x": x}
+    views = n if axis == "views encoded" else 1
+    pose = tinyinr.look_at(torch.tensor([3.0, 2.0, 1.5]))
+    context = {"images": torch.rand(1, views, 3, side, side), "poses": pose.expand(1, views, 3, 4),
+               "focals": torch.full((1, views, 2), 80.0)}
+    rays = math.isqrt(n) if axis == "rays decoded" else 16  # a side; the sphere fills the view
+    o, d = (r.flatten(0, 2)[None] for r in
+            tinyinr.camera_rays(pose[None], torch.full((1, 2), 2.0 * rays), rays, rays))
+    return context, {"rays_o": o, "rays_d": d}
+
+
+def measure(axis: str, model: str, n: int) -> tuple[float, float]:
+    """Seconds (the median of several calls, or a long one's) and peak bytes of one point."""
+    torch.manual_seed(0)
+    task, what, _ = AXES[axis]
+    grid = min(n // (8 if model == "transinr" else 2), 256)  # a multiple of the n / 8 tokens
+    size = {"image_size": n, "grid": grid} if axis == "side of the picture encoded" else {}
+    cfg, _ = tinyinr.make_config("small", task, model, **size)
+    net = tinyinr.build(cfg).eval()
+    with torch.no_grad():
+        context, query = inputs(cfg, axis, n)
+        code = net.encode(context) if what == "decode" else None
+        work = lambda: tinyinr.predict(net, code, query) if code else net.encode(context)
+        start = time.perf_counter()
+        work()
+        if (seconds := time.perf_counter() - start) < 3:
+            seconds = tinyinr.median_seconds(work, "cpu", 1.0)
+    return seconds, peak_memory("cpu") * 2**20
+
+
+def line(axis: str, model: str, pool) -> list:
+    """Points [n, seconds, bytes] of one line, four times as many each time."""
+    points = []
+    for n in (AXES[axis][2] * 4**i for i in itertools.count()):
+        points.append((n, *pool.submit(measure, axis, model, n).result()))
+        click.echo(f"{axis:30} {model:9} {n:10}  {points[-1][1]:9.4f} s  "
+                   f"{points[-1][2] / 1e9:6.2f} GB")
+        growth = [b / a for a, b in zip(points[-2][1:], points[-1][1:])] if points[1:] else [4, 1]
+        seconds, size = (v * max(1, g) for v, g in zip(points[-1][1:], growth))
+        last = axis == "side of the picture encoded" and n > 512  # a grid has up to 256 nodes
+        if last or seconds > MOST_SECONDS or size > MOST_BYTES:
+            return points
+
+
+def panel(title: str, lines: dict, size=(320, 240)):
+    """One plot in powers of ten of {model: points [n, seconds, bytes]}: seconds and gigabytes."""
+    drawn = {f"{model} s": [(n, s) for n, s, _ in points] for model, points in lines.items()}
+    drawn |= {f"{m} GB": [(n, b / 1e9) for n, _, b in points] for m, points in lines.items()}
+    return pictures.line_plot(drawn, title, "s, GB", size, (True, True))
+
+
+@main.command("inputs")
+@click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
+def inputs_command(stored):
+    """Time and memory as inputs grow."""
+    if stored:
+        table = json.loads(Path(stored).read_text())
+    else:
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
+        tinyinr.write_json(README / "costs.json", table)
+    panels = [panel(title, lines) for title, lines in table.items()]
+    save_picture(pictures.image_grid([panels[:3], panels[3:]], gap=0), README / "costs.png")
+
+
+def scored(length: float, seed: int, folder: Path) -> list:
+    """Rows [minutes, held-out PSNR] of one training run, about one for every 20 seconds of it."""
+    ckpt, copies = folder / "ckpt.pt", []
+    ckpt.unlink(missing_ok=True)
+    code = "import tinyinr; tinyinr.SAVE_SECONDS = 20; tinyinr.cli()"
+    args = "train", "--task", "image", "--minutes", length, "--seed", seed
+    training = subprocess.Popen([sys.executable, "-c", code, *map(str, args), "--out",
+                                 str(folder.resolve())], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while training.poll() is None:
+        time.sleep(1)
+        data = ckpt.read_bytes() if ckpt.exists() else None
+        copies += [data] if data and data not in copies[-1:] else []
+    if training.returncode:
+        raise click.ClickException(f"training ended with exit code {training.returncode}")
+    rows, test = [], None
+    for data in dict.fromkeys((*copies, ckpt.read_bytes())):  # the last one stays
+        ckpt.write_bytes(data)
+        model, minutes = tinyinr.load(ckpt), tinyinr.read_checkpoint(ckpt)["elapsed"] / 60
+        test = test or tinyinr.open_data(model.cfg, None, "test")
+        scores = tinyinr.evaluate(model, test, tinyinr.choose_device("cpu"))
+        rows.append((minutes, next(iter(scores.values()))["psnr"]))
+        click.echo(f"seed {seed}: {minutes:5.2f} minutes {rows[-1][1]:6.2f} dB")
+    return rows
+
+
+def save_picture(picture, path):
+    """Write a picture as PNG in the place of an older one."""
+    with tinyinr.atomic(path) as part:
+        pictures.write([picture], part, "PNG")
+
+
+@main.command("minutes")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True)
+@click.option("--length", default=9.8, show_default=True, help="Minutes of training.")
+@click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
+def minutes_command(seeds, length, stored):
+    """PSNR on held-out pictures over the minutes of training."""
+    table = json.loads(Path(stored).read_text()) if stored else None
+    if not stored:
+        table = {f"seed {s}": scored(length, s, Path("runs") / f"minutes-{s}") for s in seeds}
+        tinyinr.write_json(README / "minutes.json", table)
+    save_picture(pictures.line_plot(table, "minutes", "dB", (600, 300)), README / "minutes.png")
+
+
+if __name__ == "__main__":
+    main()
