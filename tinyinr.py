@@ -1174,6 +1174,11 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     return loss, mse
 
 
+def generator(*key: int) -> torch.Generator:
+    """A generator of its own for every key: a draw depends on (seed, step) and on nothing else."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
 PER_QUERY = ("coords", "x", "rays_o", "rays_d", "jitter")  # what a query has one row a target of
 
 
@@ -1407,11 +1412,6 @@ def save(model: nn.Module, path, **more):
 
 
 # ------------------------------------------------------------------------- batches
-
-
-def generator(*key: int) -> torch.Generator:
-    """A generator of its own for every key: a draw depends on (seed, step) and on nothing else."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -498,24 +498,24 @@ def pretrained(run, cores):
     import torch
 
     ckpt = tinyinr.read_checkpoint(run / "ckpt.pt")
-    cfg, device = tinyinr.Config(**ckpt["config"]), tinyinr.choose_device("cpu")
-    name = f"{cfg.task}-{cfg.model}" if cfg.preset == "small" else cfg.preset
+    recipe, model = tinyinr.TrainConfig(**ckpt["recipe"]), tinyinr.load(run / "ckpt.pt")
+    cfg, device = model.cfg, tinyinr.choose_device("cpu")
+    name = f"{cfg.task}-{cfg.model}" if recipe.preset == "small" else recipe.preset
     path = DATA / "pretrained" / f"{name}.pt"
     path.parent.mkdir(exist_ok=True)
-    half = {name: value.half() for name, value in ckpt["model"].items()}
-    with tinyinr.atomic(path) as part:
-        torch.save({k: ckpt[k] for k in ("format", "config", "step", "elapsed")}
-                   | {"model": half}, part)
-    known, test = (tinyinr.DATASETS[cfg.task](cfg, None, split) for split in ("train", "test"))
-    usual = tinyinr.make_config(cfg.preset, cfg.task, cfg.model).minutes
+    more = {k: ckpt[k] for k in ("recipe", "step", "elapsed", "data")}
+    tinyinr.save(model.half(), path, **more)
+    usual = tinyinr.make_config(recipe.preset, cfg.task, cfg.model)[1].minutes
     record = {
         "command": f"python tinyinr.py train --task {cfg.task} --model {cfg.model}"
-                   + f" --preset {cfg.preset}" * (cfg.preset != "small")
-                   + f" --minutes {cfg.minutes:g}" * (cfg.minutes != usual),
-        "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": cfg.seed,
+                   + f" --preset {recipe.preset}" * (recipe.preset != "small")
+                   + f" --minutes {recipe.minutes:g}" * (recipe.minutes != usual),
+        "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": recipe.seed,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
-        "cores": cores or torch.get_num_threads(),
-        "scores": tinyinr.score(tinyinr.load(path), test, device, known)}
+        "cores": cores or torch.get_num_threads()}
+    for key, limit in (("scores", 0), ("part", {"image": 64, "nvs": 3, "gp": 5}[cfg.task])):
+        data = tinyinr.open_data(cfg, ckpt["data"] or None, "test", limit=limit)
+        record[key] = tinyinr.score(tinyinr.load(path), data, device, count=limit or 50)
     tinyinr.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     tinyinr.report(record["scores"])

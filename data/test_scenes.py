@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import struct
-import sys
 import time
 
 import numpy as np
