@@ -116,13 +116,13 @@ def main(ctx, preset, batch_size, device, json_file):
              for dtype in (torch.float32, torch.bfloat16)}
     click.echo(f"{device}, {torch.get_num_threads()} threads; matrix products of 2,048: "
                + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peaks.items()))
-    click.echo("          cell step ms  signals/s  GFLOP  of peak  memory MB  encode ms  decode k/s")
+    click.echo("          cell step ms  signals/s  GFLOP of peak  memory MB  encode ms  decode k/s")
     given, rows = {"batch_size": batch_size} if batch_size else {}, []
     configs = [tinyinr.make_config(preset, *cell, **given) for cell in tinyinr.PRESETS[preset]]
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=tinyinr.keep_memory,
                              max_tasks_per_child=1) as fresh:  # memory is kept as `train` does
         for row in fresh.map(bench_cell, *zip(*configs), itertools.repeat(device)):
-            click.echo("{cell:>14} {step_ms:7.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:8.0%} "
+            click.echo("{cell:>14} {step_ms:7.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:7.0%} "
                        "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
                            row["decode_per_s"] / 1000, **row))
             rows.append(row)
