@@ -2424,9 +2424,9 @@ def report(scores: dict):
         words = []
         for name, value in row.items():
             if not name.endswith("_se"):
-                error = row.get(f"{name}_se")
-                words.append(f"{name} {value:.2f}" + f" +-{error:.2f}" * (error is not None)
-                             if isinstance(value, float) else f"{name} {value}")
+                error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
+                words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
+                             f"{name} {value}")
         click.echo(f"{label:>12}  " + "  ".join(words))
 
 
