@@ -151,7 +151,7 @@ IN_RANGE = {  # uniform numbers in [0, 1) -> inputs that make sense; rays hit a 
 }
 
 
-def draw(cfg: ModelConfig, shapes: dict[str, tuple], seed: int = 0, **sizes: int) -> dict[str, Tensor]:
+def draw(cfg: ModelConfig, shapes: dict[str, tuple], seed=0, **sizes: int) -> dict[str, Tensor]:
     """Random tensors of these shapes; free dimensions are as long as in `sizes` or in EXAMPLE."""
     gen = torch.Generator().manual_seed(seed)
     sizes = EXAMPLE | {"height": 4 * cfg.patch, "width": 5 * cfg.patch} | sizes

@@ -1893,12 +1893,11 @@ class Run:
 SAVE_SECONDS, LOG_SECONDS = 60.0, 5.0  # between checkpoints and log lines
 
 
-def train(run: Run, batches, out: Path, steps: int, minutes: float, validate=None):
+def train(run: Run, batches, out: Path, steps: int, minutes: float):
     """Train until `steps` or `minutes` are over; log to out/log.jsonl, save to out/ckpt.pt.
 
-    batches(device, start): endless batches. validate(model) -> score, every tenth of the run.
-    Returns the name of the signal that ended the run early, or None. The processes of a run agree
-    before every step on the time, and on what to do next.
+    batches(device, start): endless batches. Returns the name of the signal that ended the run
+    early, or None. The processes of a run agree before every step on the time and what is next.
     """
     stop_signals, handlers = [0], {}
     with contextlib.suppress(ValueError):  # handlers are for the main thread only
@@ -1906,7 +1905,7 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float, validate=Non
                     for s in (signal.SIGINT, signal.SIGTERM)}
     start = time.monotonic() - run.elapsed
     logged = saved = time.monotonic()
-    first, sums, scored = run.step, None, None
+    first, sums = run.step, None
     try:
         batches = batches(run.device.name, run.step)
         while True:
@@ -1918,13 +1917,8 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float, validate=Non
             over = stop or progress >= 1
             if sums is not None and (log or over):
                 run.check()
-                if validate and is_main_process() and scored != int(10 * progress):
-                    scored = int(10 * progress)
-                    val = validate(run.model)
-                    log_step(run, out, sums, now - logged, run.step - first, progress, val)
-                else:
-                    log_step(run, out, sums, now - logged, run.step - first, progress)
-                logged, first, sums = time.monotonic(), run.step, None
+                log_step(run, out, sums, now - logged, run.step - first, progress)
+                logged, first, sums = now, run.step, None
             if save or over:
                 run.save(out / "ckpt.pt")
                 saved = now
@@ -1936,7 +1930,7 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float, validate=Non
             signal.signal(s, handler)
 
 
-def log_step(run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float, val=None):
+def log_step(run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float):
     """One line on the screen and one in log.jsonl, of the means over steps and processes."""
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -1945,14 +1939,14 @@ def log_step(run, out: Path, sums: Tensor, seconds: float, steps: int, progress:
     row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
            "signals_per_s": run.recipe.batch_size * steps / seconds, "elapsed": run.elapsed,
-           "eta": eta} | ({} if val is None else {"val": val})
+           "eta": eta}
     if is_main_process():
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
     bar = "=" * int(20 * min(1.0, progress))
     click.echo(f"[{bar:20}] step {run.step}  loss {loss:.4f}  psnr {row['psnr']:.2f} dB  "
                f"lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
-               f"eta {eta // 60:.0f}:{eta % 60:02.0f}" + ("" if val is None else f"  val {val:.2f}"))
+               f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
 
 
 # ------------------------------------------------------------------------- evaluation
