@@ -2456,7 +2456,7 @@ def test_page_draws_the_band_of_a_curve_where_it_is(tmp_path, exported):
     _, band = bands(tmp_path, folder / "gp-transinr", X, Y)
     model = exported_model(folder, "gp-transinr")
     grid = torch.linspace(-2, 2, 256)[None, :, None]
-    x, y = tinyinr.standardise(X[None, :, None], Y[None, :, None])
+    x, y = (v.float() for v in curves.standardise(X[None, :, None], Y[None, :, None])[:2])
     code = model.encode({"x": x, "y": y})
     mean, std = (v.flatten().numpy() for v in model.decode(code, {"x": grid}))
     low, high = mean - 1.96 * std, mean + 1.96 * std
