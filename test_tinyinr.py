@@ -19,13 +19,16 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, fields
+from datetime import datetime
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,11 +42,11 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import export
 import tinyinr
-from data import curves, images, scenes
+from data import bench, curves, images, lotka_volterra, pictures, scenes
 from tinyinr import build
 
 ModelConfig, TrainConfig = tinyinr.ModelConfig, tinyinr.TrainConfig
@@ -2472,6 +2475,661 @@ def test_page_draws_the_band_of_a_neural_process(tmp_path, exported):
     assert (
         band.any(0).mean() > 0.95 and (picture == (0x1F, 0x4E, 0x8C)).all(-1).any(0).mean() > 0.95
     )
+
+
+# ------------------------------------------------------------------------- readers and drawers
+
+
+SPLITS = ("train", "val", "test")
+
+
+def noisy(height, width, seed=0):
+    """A picture of random pixels."""
+    return Image.fromarray((rand(height, width, 3, seed=seed) * 256).byte().numpy())
+
+
+def test_folders_and_zips_list_the_same_files_and_none_of_the_systems(tmp_path):
+    root, names = tmp_path / "set", ["a/b.png", "a/c.png", "z.png"]
+    system = [".git/x.png", "__MACOSX/a/._b.png", "a/._b.png", "a/.DS_Store", "Thumbs.db"]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z:
+        for name in names + system:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(name.encode())
+            z.writestr("./" + name.replace("/", "\\"), name)
+    for path in (root, tmp_path / "set.zip"):
+        tree = pickle.loads(pickle.dumps(images.Tree(path)))
+        assert tree.names == names and [tree.read(n) for n in names] == [n.encode() for n in names]
+    data = path.read_bytes()
+    path.write_bytes(bytes(40) + data[40:])  # the first file's name
+    with pytest.raises(ValueError, match="b.png: not readable in .*set.zip"):
+        images.Tree(path).read("a/b.png")
+    path.write_bytes(data[:-40])
+    with pytest.raises(ValueError, match="truncated"):
+        images.Tree(path)
+
+
+def test_links_are_followed_without_end_and_names_need_not_be_utf8(tmp_path):
+    far, root = photos(tmp_path / "far", 2), photos(tmp_path / "set", 1)
+    for link, to in ((root / "near", far), (root / "loop", root), (far / "back", root)):
+        link.symlink_to(to)
+    assert images.Tree(root).names == ["near/p0.png", "near/p1.png", "p0.png"]
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(encoded(picture()))
+    names = sum((images.ImageSet(root, split, 8).names for split in SPLITS), [])
+    assert len(names) == 4 and images.printable("caf\udce9\n") == "caf\\udce9"
+
+
+@pytest.mark.parametrize("width, height", [(60, 40), (40, 61)])
+def test_a_centre_crop_is_the_crop_of_the_resized_picture(width, height):
+    photo, x, y = noisy(height, width), (width - 40) // 2, (height - 40) // 2
+    square = photo.crop((x, y, x + 40, y + 40)).resize((20, 20), Image.Resampling.BILINEAR)
+    inner = np.s_[3:-3, 3:-3]  # at its edge the crop of a resized picture sees more
+    off = np.int64(images.decode(encoded(photo), 20)) - np.int64(square)
+    assert np.abs(off[inner]).max() <= 1
+    for given in ((), (40, "short")):
+        assert (images.decode(encoded(photo), *given) == photo).all()
+
+
+def test_every_mode_is_read_as_rgb_on_white():
+    for mode, color, expected in (
+            ("1", 1, 255), ("L", 90, 90), ("LA", (0, 0), 255), ("RGBA", (0, 0, 0, 0), 255),
+            ("RGBA", (0, 0, 0, 128), 127), ("I;16", 50000, 195), ("F", 0.5, 128),
+            ("CMYK", (0,) * 4, 255), ("I", 50000, 195), ("LAB", (255, 128, 128), 255)):
+        kind = "TIFF" if mode in ("F", "CMYK", "I", "LAB") else "PNG"
+        pixels = images.decode(encoded(Image.new(mode, (8, 8), color), kind))
+        assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
+
+
+def test_orientation_text_and_missing_ends_do_not_hinder(tmp_path, capsys):
+    exif, info = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 6  # left is turned to the top
+    turned = images.decode(encoded(noisy(10, 20), exif=exif))
+    assert (turned == np.rot90(noisy(10, 20), -1)).all()
+    info.add_text("note", "x" * 3_000_000, zip=True)
+    assert (images.decode(encoded(noisy(8, 8), pnginfo=info)) == noisy(8, 8)).all()
+    whole = encoded(noisy(64, 64), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    cut, shape = images.read_photo(tmp_path / "cut.jpg", 64)
+    assert "cut.jpg ends early" in capsys.readouterr().err and shape == (64, 64)
+    assert (cut.movedim(0, 2)[:24].numpy() == images.decode(whole)[:24]).all()
+
+
+def test_pictures_too_small_or_too_large_are_refused_in_words():
+    strip, huge = (encoded(Image.new("1", size), "TIFF", compression="group4")
+                   for size in ((4, 700_000), (20000, 20000)))
+    for data, given, words in (
+            (encoded(picture((7, 5))), dict(least=8), "7 x 5 pixels are fewer than the 8 x 8"),
+            (strip, dict(size=64), "too long a strip: 64 x 11200000"),
+            (huge, {}, "20000 x 20000 pixels|exceeds limit"),
+            (encoded(picture()), dict(size=8, fit="pad"), "choose crop, short or squeeze")):
+        with pytest.raises(ValueError, match=words):
+            images.decode(data, **given)
+
+
+def test_pictures_are_split_by_folder_by_celebas_ids_or_by_hash():
+    split = lambda names: [images.split_names(names, s)[0] for s in SPLITS]
+    for folders, expected in (("Training validation testing",) * 2, ("train test", "train " * 2 +
+                              "test"), ("a/b/train a/b/val", "a/b/train a/b/train a/b/val")):
+        names = [f"{folder}/cat/{i}.png" for folder in folders.split() for i in range(20)]
+        chosen = split(names)  # a missing one is a tenth of train
+        assert sorted(sum(chosen, [])) == sorted(names) and all(c == sorted(c) for c in chosen)
+        assert [{n[: n.index("/cat/")] for n in c} for c in chosen] == [
+            {e} for e in expected.split()]
+        assert len(chosen[1]) == (20 if folders == expected else 2)
+    ids = (1, 162770, 162771, 182637, 182638, 202599)
+    names = [f"celeba/img_align_celeba/{i:06}.jpg" for i in ids] + ["img_align_celeba/note.png"]
+    assert [[int(Path(n).stem) for n in c] for c in split(names)] == [
+        [*ids[:2]], [*ids[2:4]], [*ids[4:]]]
+    names = [f"train/{i}.png" for i in range(50)] + [f"car/{i}\udce9.png" for i in range(50)]
+    chosen = split(names)  # here a train is a vehicle
+    assert [len(c) for c in chosen] == [80, 10, 10] and len(set(sum(chosen, []))) == 100
+
+
+def test_sets_hold_the_decoded_pictures_and_name_what_they_leave_out(tmp_path, capsys):
+    photos(tmp_path / "train", 11), photos(tmp_path / "val", 1)
+    noisy(40, 50).save(tmp_path / "train/p4.png"), noisy(30, 20).save(tmp_path / "train/p5.png")
+    (tmp_path / "train/broken.png").write_bytes(b"no picture")
+    data, out = images.ImageSet(tmp_path, "train", 12, zoom=2), capsys.readouterr().out
+    assert "left out: train/broken.png" in out and "1 of 10 pictures are unreadable" in out
+    assert len(data) == 9 and data.source.startswith("train split of")
+    for name, small, large, native in zip(data.names, data.pixels, data.large, data.native):
+        file = (tmp_path / name).read_bytes()
+        assert (small.movedim(0, -1).numpy() == images.decode(file, 12)).all()
+        assert (large.movedim(0, -1).numpy() == images.decode(file, 24)).all()
+        assert native == (min(images.decode(file).shape[:2]) >= 24)
+    with pytest.raises(ValueError, match=r"none of 1 pictures .*24 x 24 pixels are fewer"):
+        images.ImageSet(tmp_path, "test", 8, least=99)
+
+
+def test_random_crops_are_cut_from_the_native_picture_in_memory_and_by_workers(
+        tmp_path, monkeypatch):
+    for i in range(10):
+        noisy(*((24, 40) if i else (6, 9)), i).save(tmp_path / f"p{i}.png")  # small: enlarged
+    data = images.ImageSet(tmp_path, "train", 16, random_crop=True)
+    crops = torch.stack([data[1, seed][0] for seed in range(40)])
+    native = torch.from_numpy(images.decode((tmp_path / data.names[1]).read_bytes()))
+    windows = native.unfold(0, 16, 1).unfold(1, 16, 1).flatten(0, 1)  # (places, 3, 16, 16)
+    found = {int((windows == crop).flatten(1).all(1).nonzero()) for crop in crops}
+    assert len(found) > 25 and torch.equal(data[1, 7][0], crops[7])
+    monkeypatch.setattr(images, "free_memory", lambda: 0.0)
+    disk = images.ImageSet(tmp_path, "train", 16, random_crop=True)
+    disk, before = pickle.loads(pickle.dumps(disk)), torch.get_rng_state()  # as if spawned
+    assert disk.kept is None and disk.names == data.names
+    lists = [(range(len(data)), 5), ([2, 6, 5], 3)] * 2
+    for (a, _), (b, _) in zip(data.batches(lists), disk.batches(lists), strict=True):
+        assert torch.equal(a, b) and a.shape[1:] == (3, 16, 16)
+    assert torch.equal(before, torch.get_rng_state())
+    (tmp_path / data.names[3]).unlink()
+    with pytest.raises(ValueError, match=rf"^{data.names[3]} .*restore it$"):
+        list(disk.batches([([0, 3], 0)]))
+
+
+def test_nearest_filling_takes_a_nearest_seen_pixel():
+    image, share = rand(4, 3, 9, 13), torch.tensor([0.3, 0.05, 1, 0]).view(4, 1, 1, 1)
+    mask = rand(4, 1, 9, 13, seed=1) < share
+    filled = images.nearest_filling(image, mask.float())
+    places = torch.cartesian_prod(torch.arange(9.0), torch.arange(13.0))
+    for i, p in product(range(3), range(9 * 13)):
+        seen, colors = mask[i, 0].flatten(), image[i].flatten(1).mT
+        distances = torch.cdist(places[p : p + 1], places[seen])[0]
+        source = (colors[seen] == filled[i, p]).all(1).nonzero()[0, 0]
+        assert distances[source] == distances.min()
+    assert (filled[3] == 0.5).all()
+
+
+def test_animations_are_written_in_the_format_of_the_name(tmp_path):
+    frames = [np.full((8, 8, 3), value, np.uint8) for value in (0, 120, 250)]
+    for name in ("a.gif", "a.webp", "a.png"):
+        pictures.write(frames, tmp_path / name, pictures.picture_format(name, animated=True))
+        assert Image.open(tmp_path / name).n_frames == 3
+    pictures.write(frames, tmp_path / "f", pictures.picture_format("f", animated=True))
+    assert [p.name for p in sorted((tmp_path / "f").iterdir())] == ["000.png", "001.png", "002.png"]
+
+
+ANGLE = math.radians(49.1)  # zero123's; all layouts take it here
+FLIP = np.diag([1.0, -1, -1, 1])
+BLANK = np.zeros((6, 8, 8, 4), np.uint8)
+LAYOUTS = ["learnit", "basename", "blender", "nerfstudio", "ngp", "per frame", "backslash", "3 x 4",
+           "absolute", "half size", "colmap txt", "colmap bin", "srn", "zero123"]
+
+
+def opposite_cameras(count=6, seed=0):
+    """Camera-to-world OpenGL poses (V, 4, 4) in pairs on opposite sides, 4 from the origin."""
+    eyes = 4 * F.normalize(rand(count // 2, 3, seed=seed).double() - 0.5, dim=-1)
+    pose = torch.stack([tinyinr.look_at(e) for e in (*eyes, *-eyes)])
+    return F.pad(pose, (0, 0, 0, 1)).numpy() + np.diag([0, 0, 0, 1.0])
+
+
+def draw_ball(pose, fx, fy, cx, cy, width, height):
+    """A smooth ball of radius 1 at the origin, (H, W, 4) uint8, by each pixel's ray."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    d = np.stack(((x - cx) / fx, -(y - cy) / fy, -np.ones_like(x)), -1) @ pose[:3, :3].T
+    near = np.linalg.norm(np.cross(pose[:3, 3], d), axis=-1) / np.linalg.norm(d, axis=-1)
+    d = np.concatenate((0.5 + 0.15 * d, np.clip(1.2 - near, 0, 1)[..., None]), -1)
+    return (255 * d.clip(0, 1)).round().astype(np.uint8)
+
+
+def on_white(rgba):
+    return images.decode(encoded(Image.fromarray(rgba)))
+
+
+def write_layout(folder, layout, cameras, rgba):
+    """A scene in one layout; cameras (V, 4, 4), pictures (V, S, S, 4) of the field ANGLE."""
+    size = rgba.shape[1]
+    focal, mid = size / 2 / math.tan(ANGLE / 2), size / 2
+    place = {"blender": "train/r_{}", "colmap txt": "images/im {}", "colmap bin": "images/im {}",
+             "srn": "rgb/{:06d}", "zero123": "{:03d}", "basename": "r_{}"}
+    files = [place.get(layout, "images/{:04d}").format(i) + ".png" for i in range(len(cameras))]
+    for file, pixels in zip(files, rgba):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / file)
+    if layout.startswith("colmap"):
+        write_colmap(folder, cameras, [f.split("/")[1] for f in files], focal, size, layout[-3:])
+    elif layout == "srn":
+        (folder / "pose").mkdir()
+        (folder / "intrinsics.txt").write_text(f"{focal} {mid} {mid} 0.\n0 0 0\n1\n{size} {size}")
+        for i, pose in enumerate(cameras):
+            np.savetxt(folder / f"pose/{i:06d}.txt", (pose @ FLIP).reshape(1, 16))
+    elif layout == "zero123":
+        for i, pose in enumerate(cameras):
+            np.save(folder / f"{i:03d}.npy", np.linalg.inv(pose)[:3])
+    else:
+        write_transforms(folder, layout, cameras, files, dict(
+            fl_x=focal, fl_y=focal, cx=mid, cy=mid, w=size, h=size))
+
+
+def write_transforms(folder, layout, cameras, files, own):
+    views = [dict(file_path=f, transform_matrix=p.tolist()) for f, p in zip(files, cameras)]
+    change = {"backslash": lambda v: v | dict(file_path=v["file_path"].replace("/", "\\")),
+              "3 x 4": lambda v: v | dict(transform_matrix=v["transform_matrix"][:3]),
+              "absolute": lambda v: v | dict(file_path="/home/a/b/" + v["file_path"]),
+              "basename": lambda v: v | dict(file_path="chairs/x/" + v["file_path"]),
+              "blender": lambda v: v | dict(file_path="./" + v["file_path"][:-4]),
+              "per frame": lambda v: v | own}.get(layout, lambda v: v)
+    meta = {"nerfstudio": own | dict(k1=0, p1=0.0, camera_model="OPENCV"),
+            "per frame": dict(fl_x=1, w=9, camera_angle_x=1),
+            "half size": {k: 2 * v for k, v in own.items()},
+            "ngp": own | dict(camera_angle_x=1, aabb_scale=4, scale=0.3, offset=[1, 2, 3]),
+            }.get(layout, dict(camera_angle_x=ANGLE))
+    parts = {"_train": slice(4), "_val": slice(0), "_test": slice(4, None)}
+    for end, part in parts.items() if layout == "blender" else [("", slice(None))]:
+        text = json.dumps(meta | dict(frames=[change(v) for v in views[part]]))
+        (folder / f"transforms{end}.json").write_text(text)
+
+
+def write_colmap(folder, cameras, names, focal, size, kind):
+    (folder / "sparse/0").mkdir(parents=True)
+    rows, middle = [], (size / 2, size / 2)
+    for i, pose in reversed([*enumerate(cameras)]):  # the files are in no order
+        world = np.linalg.inv(pose @ FLIP)
+        (a, b, c), (d, e, f), (g, h, k) = world[:3, :3]
+        q = np.array((1 + a + e + k, h - f, c - g, d - b))  # w, x, y, z
+        rows.append((i + 1, *q / np.linalg.norm(q), *world[:3, 3], 7, names[i]))
+    if kind == "txt":
+        camera = " ".join(map(str, (7, "SIMPLE_RADIAL", size, size, focal, *middle, 0)))
+        views = "\n".join(" ".join(map(str, row)) + ("\n1.0 2.0 -1" if row[0] % 2 else "\n")
+                          for row in rows)
+        camera, views = (f"# list\n{text}\n".encode() for text in (camera, views))
+    else:
+        camera = struct.pack("<QIiQQ4d", 1, 7, 1, size, size, focal, focal, *middle)
+        views = struct.pack("<Q", len(rows)) + b"".join(
+            struct.pack("<I7dI", *row[:-1]) + row[-1].encode() + b"\0"
+            + struct.pack("<QddqddQ", 2, 1, 2, -1, 3, 4, 5) for row in rows)
+    (folder / f"sparse/0/cameras.{kind}").write_bytes(camera)
+    (folder / f"sparse/0/images.{kind}").write_bytes(views)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_object_is_the_same_in_every_layout(layout, tmp_path):
+    """Where it conforms, and where it stands elsewhere and is smaller; folder and zip."""
+    cameras, size = opposite_cameras(), 24
+    focal = size / 2 / math.tan(ANGLE / 2)
+    rgba = np.stack([draw_ball(p, focal, focal, size / 2, size / 2, size, size) for p in cameras])
+    moved = cameras.copy()
+    moved[:, :3, 3] = 0.3 * cameras[:, :3, 3] + [5, -2, 1]
+    write_layout(tmp_path / "set/still", layout, cameras, rgba)
+    write_layout(tmp_path / "set/moved", layout, moved, rgba)
+    packed = shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
+    for root, name in ((tmp_path / "set", "still"), (packed, "moved")):
+        tree = images.Tree(root)
+        assert list(scenes.find_scenes(tree)) == ["moved", "still"]
+        scene = scenes.read_scene(tree, name, size)
+        for pixels, want in zip(scene.images, rgba):
+            assert (pixels.movedim(0, 2).numpy() == on_white(want)).all()
+        np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
+        np.testing.assert_allclose(scene.focals, focal, atol=1e-4)
+        assert ("recentred on (5, -2, 1)" in scene.note) == (name == "moved"), scene.note
+        assert scenes.read_scene(tree, name, 12, max_views=2).images.shape == (2, 3, 12, 12)
+
+
+def test_conforming_cameras_are_left_bit_for_bit_and_others_refused(tmp_path):
+    cameras = opposite_cameras() + np.pad(np.full((3, 1), 0.01), ((0, 1), (3, 0)))
+    write_layout(tmp_path / "a", "learnit", cameras, BLANK)
+    scene = scenes.read_scene(images.Tree(tmp_path), "a", 8)
+    assert np.array_equal(scene.poses, cameras[:, :3].astype(np.float32)) and not scene.note
+    write_layout(tmp_path / "b", "learnit", cameras @ FLIP, BLANK)
+    with pytest.raises(ValueError, match="do not face a common point"):
+        scenes.read_scene(images.Tree(tmp_path), "b", 8)
+
+
+def change_scene(folder, **given):
+    """Other keys in the transforms.json of a scene; frame: in its first frame."""
+    meta = json.loads((folder / "transforms.json").read_text())
+    meta["frames"][0] |= given.pop("frame", {})
+    (folder / "transforms.json").write_text(json.dumps(meta | given))
+
+
+@pytest.mark.parametrize("cx, cy, fx, fy", [(41, 26, 90, 110), (30, 60.5, 70, 70)])
+def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path):
+    """The picture of 80 x 100 becomes what a camera with a centred one would see."""
+    cameras, size = opposite_cameras(), 32
+    moved = cameras + np.pad([[1], [2], [3]], ((0, 1), (3, 0)))  # it is recentred as well
+    write_layout(tmp_path / "a", "nerfstudio", moved, BLANK)
+    change_scene(tmp_path / "a", cx=cx, cy=cy, fl_x=fx, fl_y=fy, w=80, h=100)
+    for i, pose in enumerate(cameras):
+        Image.fromarray(draw_ball(pose, fx, fy, cx, cy, 80, 100)).save(
+            tmp_path / f"a/images/{i:04d}.png")
+    scene = scenes.read_scene(images.Tree(tmp_path), "a", size)
+    for pose, pixels, (f, g) in zip(cameras, scene.images, scene.focals.numpy()):
+        want = on_white(draw_ball(pose, f, g, size / 2, size / 2, size, size))
+        assert np.abs(pixels.movedim(0, 2).numpy() - np.float64(want)).mean() < 1.5
+    np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
+    file = tmp_path / "a/transforms.json"
+    got = scenes.read_cameras(file, size, scene)
+    torch.testing.assert_close(got, (scene.poses, scene.focals))
+    np.testing.assert_allclose(scenes.read_cameras(file, size)[0], moved[:, :3], atol=1e-6)
+
+
+def test_scenes_that_cannot_be_used_are_refused_in_words(tmp_path):
+    matrix = lambda value: dict(frame=dict(transform_matrix=np.array(value).tolist()))
+    for i, (words, given) in enumerate({
+            "wide": dict(camera_angle_x="wide"), "must be in": dict(camera_angle_x=4),
+            "no views": dict(frames=[]), "malformed.*frames of file_path": dict(frames=3),
+            "no pinhole.*undistort": dict(frame=dict(p2=-0.1)),
+            "OPENCV_FISHEYE.*undistort": dict(camera_model="OPENCV_FISHEYE"),
+            "global shutter": dict(rolling_shutter=[0, 0, 1, 0]),
+            "gone.png.*absent.*remove": dict(frame=dict(file_path="gone.png")),
+            "not a rotation": matrix(2 * np.eye(4)), "shape": matrix([[1, 2], [3, 4]]),
+            "nowhere": matrix(np.full((4, 4), math.nan)), "above 0": dict(fl_x=-3.0, w=8, h=8),
+            "principal point": dict(fl_x=9.0, h=8, cx=9.0),
+            "8 x 8 pixels, but its camera has 8 x 16": dict(fl_x=9.0, w=8, h=16)}.items()):
+        write_layout(tmp_path / f"s{i}", "learnit", opposite_cameras(), BLANK)
+        change_scene(tmp_path / f"s{i}", **given)
+        with pytest.raises(ValueError, match=f"s{i}/.*{words}"):
+            scenes.read_scene(images.Tree(tmp_path), f"s{i}", 8)
+
+
+def many_scenes(root, names, layout="learnit"):
+    for i, name in enumerate(names):
+        rgba = np.full((4, 8, 8, 4), i, np.uint8)
+        write_layout(root / name, layout, opposite_cameras(4, i), rgba)
+
+
+def split_scenes(root):
+    """The names and the sets of every split."""
+    sets = {s: scenes.SceneSet(root, s, 8) for s in SPLITS}
+    return {s: set(x.names) for s, x in sets.items()}, sets
+
+
+def test_each_class_has_its_own_split_file(tmp_path):
+    """Ids that two classes share are not mixed; a class alone finds the file beside it."""
+    many_scenes(tmp_path, [f"{c}/{i}" for c in ("cars", "boxes") for i in "abcdefghijkl"])
+    (tmp_path / "cars/empty").mkdir()
+    for name, train, test in (("car", "abcdefghijkx", "l"), ("box", "bcdefghijkl", "a")):
+        split = dict(train=list(train), val=[], test=list(test))
+        (tmp_path / f"{name}_splits.json").write_text(json.dumps(split))
+        (tmp_path / f"._{name}_splits.json").write_bytes(b"\0\5\x16\7")
+    names, sets = split_scenes(tmp_path)
+    assert names["test"] == {"cars/l", "boxes/a"} and len(names["val"]) == 4
+    assert len(names["train"] | names["val"] | names["test"]) == 24 == sum(map(len, sets.values()))
+    for split, alone in split_scenes(tmp_path / "cars")[0].items():
+        assert {f"cars/{name}" for name in alone} == {n for n in names[split] if n[0] == "c"}
+    data = sets["train"]
+    assert data.first.tolist() == [4 * i for i in range(18)] and data.counts.tolist() == [4] * 18
+    assert set(data.labels) == {"boxes", "cars"} and "car_splits.json" in data.source
+
+
+def test_scenes_are_split_by_folder_or_by_hash_but_a_lone_one_is_not(tmp_path):
+    many_scenes(tmp_path / "srn", [f"cars_{s}/{i}" for s in SPLITS for i in "ab"], "srn")
+    names, sets = split_scenes(tmp_path / "srn")
+    assert names == {s: {f"cars_{s}/{i}" for i in "ab"} for s in SPLITS}
+    assert sets["val"].labels == ["cars", "cars"]
+    many_scenes(tmp_path / "hash", [f"{i:02d}" for i in range(30)])
+    names, _ = split_scenes(tmp_path / "hash")
+    assert [len(names[s]) for s in SPLITS] == [24, 3, 3] and len(set.union(*names.values())) == 30
+    many_scenes(tmp_path / "one", ["lego"], "blender")
+    assert split_scenes(tmp_path / "one")[0] == dict.fromkeys(SPLITS, {"lego"})
+
+
+def test_unreadable_scenes_are_named_and_left_out(tmp_path, capsys):
+    many_scenes(tmp_path / "set/train", "abcdef"), many_scenes(tmp_path / "set/test", "e")
+    for name in "ab":  # one of them may be in val
+        change_scene(tmp_path / "set/train" / name, frames=[])
+    data = scenes.SceneSet(tmp_path / "set", "train", 8, max_views=3)
+    assert not {"train/a", "train/b"} & set(data.names) and set(data.counts.tolist()) == {3}
+    assert len(data.images) == 3 * len(data) and "left out: train/" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at least 5 are needed"):
+        scenes.SceneSet(tmp_path / "set", "test", 8, min_views=5)
+
+
+def test_a_scene_is_found_by_folder_file_and_within_a_zip(tmp_path):
+    many_scenes(tmp_path / "set/cars", "ab")
+    write_colmap(tmp_path / "set/cars/a/colmap", opposite_cameras(4), "abcd", 9, 8, "bin")
+    assert list(scenes.find_scenes(images.Tree(tmp_path / "set/cars/a"))) == [""]  # nerfstudio's
+    shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
+    for source, name in (("set/cars/a", ""), ("set/cars/a/transforms.json", ""),
+                         ("set.zip/cars/b", "cars/b")):
+        tree, found = scenes.find_scene(tmp_path / source)
+        assert found == name and len(scenes.read_scene(tree, found, 8).images) == 4
+    with pytest.raises(ValueError, match="no such folder"):
+        scenes.find_scene("/absent/scene")
+    with pytest.raises(ValueError, match="no scene in cars.*as cars/a"):
+        scenes.read_scene(*scenes.find_scene(tmp_path / "set.zip/cars"), 8)
+
+
+def test_a_bare_photo_has_the_default_camera(tmp_path):
+    picture((10, 20), (0, 0, 0)).save(tmp_path / "x.png")
+    scene = scenes.photo_scene(tmp_path / "x.png", 40, 0.6)
+    eye = torch.tensor([0, -math.cos(math.pi / 9), math.sin(math.pi / 9)])
+    close(scene.poses[0], tinyinr.look_at(4 * eye))
+    close(scene.focals, torch.full((1, 2), 20 / math.tan(0.3)))
+    assert scene.images[0, 0, 20].tolist()[::13] == [255, 0, 0, 255]  # padded, not cropped
+
+
+def test_files_that_claim_more_than_they_hold_are_refused(tmp_path):
+    for name, layout in zip("czj", ("colmap bin", "zero123", "learnit")):
+        write_layout(tmp_path / name, layout, opposite_cameras(), BLANK)
+    (tmp_path / "c/sparse/0/images.bin").write_bytes(b"\xff" * 300)
+    with open(tmp_path / "z/003.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr="<f8", fortran_order=False, shape=(10**6, 10**6)))
+    frame = json.loads((tmp_path / "j/transforms.json").read_text())["frames"][0]
+    change_scene(tmp_path / "j", frames=[frame] * 5000)
+    for name in "czj":
+        with pytest.raises(ValueError, match=f"{name}/"):
+            scenes.read_scene(images.Tree(tmp_path), name, 8)
+
+
+FORMULAS = {  # covariance of unit scale at distance d, by length and period
+    "rbf": lambda d, l, p: np.exp(-((d / l) ** 2) / 2),
+    "matern52": lambda d, l, p: (1 + 5**0.5 * d / l + 5 * (d / l) ** 2 / 3) * np.exp(
+        -(5**0.5) * d / l),
+    "periodic": lambda d, l, p: np.exp(-2 * (np.sin(np.pi * d / p) / l) ** 2)}
+
+
+@pytest.mark.parametrize("kernel, n, m, x0, y1", [
+    ("rbf", 27, 5, 1.913002, -0.835873), ("matern52", 14, 18, 0.764012, -0.070508),
+    ("periodic", 4, 17, -0.923828, -0.59552)])
+def test_posterior_and_joint_likelihood_by_numpy(kernel, n, m, x0, y1):
+    """The joint normal conditioned, of test sets whose numbers stay the same."""
+    x, y, hyper, context = next(curves.gp_test_sets(kernel, 1))
+    assert (context, x.shape, y.shape) == (n, *2 * ((16, n + m, 1),))
+    assert (x[0, 0].item(), y[-1, -1].item()) == pytest.approx((x0, y1), abs=2e-6)
+    seen, asked = (x[:, :n], y[:, :n]), x[:, n:]
+    mean, std = curves.gp_posterior(kernel, *seen, asked, hyper)
+    joint = curves.joint_log_likelihood(kernel, *seen, asked, y[:, n:], hyper)
+    for b, (length, scale, period) in enumerate(torch.cat(hyper, 2)[:, 0].tolist()):
+        distance = (x[b] - x[b].T).abs().numpy()
+        k = scale**2 * FORMULAS[kernel](distance, length, period) + 0.02**2 * np.eye(n + m)
+        gain = k[n:, :n] @ np.linalg.inv(k[:n, :n])
+        want, cov = gain @ y[b, :n, 0].numpy(), k[n:, n:] - gain @ k[:n, n:]
+        np.testing.assert_allclose(mean[b, :, 0], want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(std[b, :, 0] ** 2, cov.diagonal(), rtol=1e-5, atol=1e-8)
+        off = y[b, n:, 0].numpy() - want
+        exact = -(off @ np.linalg.solve(cov, off) + np.linalg.slogdet(2 * np.pi * cov)[1]) / 2
+        assert joint[b].item() == pytest.approx(exact / m, rel=1e-5, abs=1e-5)
+
+
+def test_fitted_gp_has_the_highest_evidence_of_a_grid():
+    x, y, _ = curves.draw_curves("rbf", 2, 15, tinyinr.generator(3))
+
+    def evidence(length, scale, noise):
+        k = curves.covariance("rbf", x, x, length, scale, None)
+        k = k + noise**2 * torch.eye(15, dtype=torch.float64)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(15).double(), k)
+        return normal.log_prob(y[..., 0])
+
+    (length, scale, _), noise = curves.fit_gp(x, y, (0.02, 0.1))
+    best, grid = evidence(length, scale, noise) + 1e-4, torch.logspace(-1.2, 0.4, 9).double()
+    assert all((evidence(*at) <= best).all() for at in product(grid, grid, (0.02, 0.1)))
+
+
+def test_sampler_draws_the_protocol_and_all_takes_every_kernel():
+    for seed in range(6):
+        gen = tinyinr.generator(seed)
+        kernel = curves.KERNELS[int(torch.randint(3, (), generator=gen))]
+        x, y, hyper = curves.draw_curves(kernel, 4000, 5, gen)
+        drawn = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
+        assert torch.equal(drawn[0], x) and torch.equal(drawn[1], y) and x.abs().max() <= 2
+        assert y.var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_every_dialect_of_a_table_gives_the_same_series(encoding):
+    heads = "", "# run 3\nx{}y\n", "a title\n\n# x{}y\n"
+    for mark, decimal, quote, head, minus in product(
+            (",", ";", "\t", "  "), ".,", ("", '"'), heads, "-\u2212"):
+        if mark == decimal and not quote:
+            continue
+        rows = ((f"{quote}{value}{quote}".replace(".", decimal) for value in row)
+                for row in (("1700.5", "8.3"), ("1701.5", f"{minus}1.0")))
+        text = head.format(mark) + "".join(mark.join(row) + "\r\n" for row in rows)
+        table = curves.read_table("t", None, text.encode(encoding))
+        assert (table.x.tolist(), table.y.tolist()) == ([[1700.5], [1701.5]], [[8.3], [-1.0]]), text
+        assert [table.x_name, *table.y_names] == ["x", "y"] and table.mask.all(), text
+
+
+LYNX = "year hare lynx\n1900  30 4\n1901  47.2 6.1\n1902 70.2 9.8\n"
+TABLES = [  # text, columns, names, x, y
+    (LYNX, None, "year hare", [1900, 1901, 1902], [[30], [47.2], [70.2]]),
+    (LYNX, "year,lynx", "year lynx", [1900, 1901, 1902], [[4], [6.1], [9.8]]),
+    (LYNX, "3,2", "lynx hare", [4, 6.1, 9.8], [[30], [47.2], [70.2]]),
+    ("x,a,b\n0,1,\n1,NaN,NA\n2,-999,inf\n,3,3\n3,,4\n", "all", "x a b", [0, 2, 3],
+     [[1, 0], [-999, 0], [0, 4]]),
+    ("x,2019,2020\n1,2,3\n2,3,4\n", "x,2020", "x 2020", [1, 2], [[3], [4]]),
+    (" 1948 1949\n 1948 1 2 3\n 1949 2 3 4\n -99.9\n Nino 3.4 index\n", "1,3",
+     "column_1 column_3", [1948, 1949], [[2], [3]]),
+    ("id,day,v\nA,2020-01-01,3\nA,2020-03-01,4\n", None, "day v", [0, 60], [[3], [4]]),
+    ("day v\n2020-01-02 12:00  3\n2020-01-01 00:00:00  4\n", None, "day v", [1.5, 0], [[3], [4]]),
+    ("2020-02,1\n2020-01,2\n2020-01-01T12:00+12:00,3\n", None, "x y", [31, 0, 0],
+     [[1], [2], [3]])]
+
+
+def test_columns_gaps_and_dates_of_tables():
+    for text, columns, names, x, y in TABLES:
+        table = curves.read_table("t.csv", columns, text.encode())
+        assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
+        assert (table.x[:, 0].tolist(), table.y.tolist()) == (x, y), text
+        assert table.origin == (datetime(2020, 1, 1) if "2020-0" in text else None)
+    table = curves.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
+    assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
+        "rows without x or y, left out: 1", "columns that are not read: err"]
+
+
+@pytest.mark.parametrize("data, columns, error", [
+    (b"\x89PNG\r\n\0\1\2", None, "no rows of two numbers"), (LYNX.encode(), "year", "be x,y"),
+    (b"1,5\n", None, "1 row of numbers; a series has two or more"),
+    (b"x,y\n1,2\n2,abc\n", None, "x = 2.0 stands 'abc'"),
+    (LYNX.encode(), "year,fox", "'year,fox' should be x,y .* 1 year, 2 hare, 3 lynx"),
+    (b"1," * 2**23 + b"1", None, "larger than 16 MB")])
+def test_what_is_no_series_is_refused_in_words(data, columns, error):
+    with pytest.raises(ValueError, match=f"^t.csv: .*{error}"):
+        curves.read_table("t.csv", columns, data)
+
+
+def test_standardised_units_go_back():
+    x, y = 50 + 9 * rand(2, 7, 1).double(), 3 + rand(2, 7, 2, seed=1).double()
+    mask = rand(2, 7, 2, seed=2) < 0.7
+    xs, ys, (x_mid, x_scale, y_mean, y_scale) = curves.standardise(x, y, mask)
+    seen = ys[0, mask[0, :, 1], 1]
+    stats = seen.mean(), seen.std(correction=0), xs.amin(), xs.amax()
+    assert [v.item() for v in stats] == pytest.approx([0, 0.5, -2, 2])
+    close(xs * x_scale + x_mid, x)
+    close((ys * y_scale + y_mean)[mask], y[mask])
+    assert curves.standardise(x, 0 * y + 1e9)[1].abs().max() == 0
+
+
+def test_series_are_split_by_file_by_column_or_by_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(lotka_volterra, "STEPS", 20)
+    folder, wide, long = tmp_path / "lv", tmp_path / "w.csv", tmp_path / "l.csv"
+    CliRunner().invoke(lotka_volterra.main, [str(folder), "--count", "20"])
+    assert curves.read_table(folder / "0000.csv").x[:, 0].tolist() == list(range(1845, 1936))
+    table = curves.CurveSet(shutil.make_archive(folder, "zip", folder), "all", "year,lynx", 30)
+    assert len(table) == 20 and sum(len(x) for x, *_ in table.windows(repeats=1)) == 60
+    rows = [["x", *(f"c{j}" for j in range(30))]] + np.arange(248).reshape(8, 31).tolist()
+    wide.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    for path, sizes in ((folder, [16, 2, 2]), (wide, [24, 3, 3])):
+        names = [set(curves.CurveSet(path, s).names) for s in SPLITS]
+        assert [len(part) for part in names] == sizes and len(set.union(*names)) == sum(sizes)
+    long.write_text("\n".join(f"{i},{i * i}" for i in reversed(range(200))))
+    spans = [curves.CurveSet(long, s).x for s in SPLITS]
+    assert [(x.min().item(), x.max().item()) for x in spans] == [(0, 159), (160, 179), (180, 199)]
+    with pytest.raises(ValueError, match="longest curve has 20"):
+        curves.CurveSet(long, "test").draw(1, 21, tinyinr.generator(0))
+
+
+def test_drawn_windows_are_neighbouring_points_of_one_curve_in_random_order():
+    data = curves.CurveSet(ROOT / "data" / "elnino.csv", "train", points=12)
+    x, y = data.draw(5, 12, tinyinr.generator(0))
+    windows = data.y.unfold(0, 12, 1)[:, 0]  # (starts, 12)
+    windows = (windows - windows.mean(1, True)) / windows.std(1, correction=0, keepdim=True) / 2
+    order = x.argsort(1)
+    assert not torch.equal(order[0], order[1])
+    for curve in y.gather(1, order)[..., 0]:
+        assert (windows - curve).abs().amax(1).min() < 1e-9
+
+
+HOSTILE = {"learnit": "transforms.json", "zero123": "002.npy", "srn": "pose/000001.txt",
+           "srn ": "intrinsics.txt", "colmap txt": "sparse/0/images.txt",
+           "colmap txt ": "sparse/0/cameras.txt", "colmap bin": "sparse/0/images.bin",
+           "colmap bin ": "sparse/0/cameras.bin", "table": "t.csv"}
+
+
+@pytest.mark.parametrize("layout", HOSTILE)
+def test_damaged_scenes_and_tables_are_read_or_refused_thoroughly(layout, tmp_path, length):
+    file, refused = tmp_path / HOSTILE[layout], []
+    if layout == "table":
+        good = [text.encode(encoding) for text, *_ in TABLES for encoding in ("utf-8", "utf-16")]
+        read = lambda: curves.read_table(file, "all")[:2]
+    else:
+        write_layout(tmp_path, layout.strip(), opposite_cameras(), BLANK)
+        good, tree = [file.read_bytes()], images.Tree(tmp_path)
+        read = lambda: scenes.read_scene(tree, "", 8)[:3]
+
+    @settings(max_examples=length(40, 15_000), deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(good), EDITS)
+    def check(data, edits):
+        start = time.monotonic()
+        file.write_bytes(damaged(data, edits))
+        try:
+            assert all(len(values) and values.isfinite().all() for values in read())
+        except (ValueError, OSError) as e:
+            refused.append(str(e))
+        assert time.monotonic() - start < 5
+
+    check()
+    assert refused and all(refused)
+
+
+@pytest.mark.parametrize("task, name", CELLS)
+def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypatch):
+    """8 more units of the feed-forward parts: three products by layer and step, as by hand."""
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda *_: 0.5)
+    rows = []
+    for batch, units in ((1, 48), (2, 48), (2, 56)):
+        cfg, recipe = make_config("small", task, name, batch_size=batch, n_queries=6, muon_lr=0.0,
+                                  merge=1, grid=GRID[task], **SIZES | {"ff_dim": units})
+        with torch.enable_grad():
+            rows.append(bench.bench_cell(cfg, recipe, "cpu"))
+    one, two, wide = (row["gflop"] * 1e9 for row in rows)
+    assert two == pytest.approx(2 * one)
+    n_tokens = {"image": 16, "nvs": 27, "gp": 48}[task] + sum(getattr(build(cfg), "n_tokens", ()))
+    layers = 2 * cfg.depth
+    assert wide - two == pytest.approx(3 * layers * 2 * n_tokens * (8 * cfg.dim * 2))
+    assert rows[1]["share"] == pytest.approx(two / 0.5 / (2 * 2048**3 / 0.5))
+    assert (rows[1]["step_ms"], rows[1]["decode_per_s"], rows[1]["signals_per_s"]) == (500, 24, 4)
+
+
+def test_bench_writes_a_row_for_every_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyinr, "PRESETS", {"small": {("gp", name): SIZES | {"merge": 1}
+                                                       for name in MODELS}})
+    monkeypatch.setattr(tinyinr, "median_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    with torch.enable_grad():
+        out = CliRunner().invoke(bench.main, ["--batch-size", "3", "--json",
+                                              str(tmp_path / "b.json")])
+    assert out.exit_code == 0 and "17.18 TFLOP/s in float32" in out.output, out.output
+    rows = json.loads((tmp_path / "b.json").read_text())["cells"]
+    assert [row["cell"] for row in rows] == ["gp-transinr", "gp-vnp"]
+
+
+def test_a_line_of_costs_ends_where_memory_does(monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda axis, model, n: (1e-4 * n, 1e3 * n**2))
+    with ThreadPoolExecutor(1) as pool:
+        points = bench.line("views encoded", "vnp", pool)
+    assert [n for n, *_ in points] == [4**i for i in range(7)]  # the next: 268 GB
+    assert bench.panel("views", {"vnp": points}).shape == (240, 320, 3)
+
 
 
 if __name__ == "__main__":
