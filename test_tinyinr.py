@@ -8,6 +8,7 @@ python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
 import ast
 import bisect
 import ctypes
+import gc
 import hashlib
 import importlib
 import io
@@ -2610,8 +2611,10 @@ def test_random_crops_are_cut_from_the_native_picture_in_memory_and_by_workers(
         assert torch.equal(a, b) and a.shape[1:] == (3, 16, 16)
     assert torch.equal(before, torch.get_rng_state())
     (tmp_path / data.names[3]).unlink()
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds
     with pytest.raises(ValueError, match=rf"^{data.names[3]} .*restore it$"):
         list(disk.batches([([0, 3], 0)]))
+    gc.collect()  # the workers
 
 
 def test_nearest_filling_takes_a_nearest_seen_pixel():
