@@ -258,6 +258,14 @@ def test_a_ray_goes_through_the_pixel_that_sees_the_point():
     close(-(d @ pose[:, 2]), torch.ones(height, width))  # depth 1 along the camera's axis
 
 
+def test_rays_through_picked_pixels_are_those_of_the_whole_view():
+    cameras, focals = poses(2), rand(2, 2) + 10
+    for whole, got in zip(tinyinr.camera_rays(cameras, focals, 5, 7), tinyinr.camera_rays(
+            cameras, focals, 5, 7, pixels=torch.tensor([[0, 8, 33], [6, 20, 1]]))):
+        close(got[0], whole[0, (0, 1, 4), (0, 1, 5)], 1e-6)
+        close(got[1], whole[1, (0, 2, 0), (6, 6, 1)], 1e-6)
+
+
 def test_look_at_is_a_rotation_that_sees_the_origin_upright():
     for eye in ([2.0, -1.0, 3.0], [0.0, 0.0, 4.0], [0.0, 0.0, -4.0]):
         r = (pose := tinyinr.look_at(torch.tensor(eye)))[:, :3]
