@@ -1965,6 +1965,8 @@ EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both
                      ["--fused"]),
     "image-transinr-again": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
     "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
+    "gp-vnp-half": (dict(task="gp", model="vnp", dim=64), ["--fp16"]),
+    "nvs-vnp-static": (dict(task="nvs", model="vnp"), ["--static", "batch=1,queries=8,views=2"]),
 }
 SPLIT = [
     "image-transinr",
@@ -2225,6 +2227,14 @@ def test_files_are_single_of_the_asked_opset_and_hold_no_traces(exported, name):
         proto = onnx.load_from_string(data)
         onnx.checker.check_model(proto, full_check=True)
         assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+        assert proto.ir_version == {18: 8, 20: 9}[opset]  # or older runtimes refuse the file
+        body = proto.graph
+        equal = [(t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes())
+                 for t in body.initializer]
+        assert len(set(equal)) == len(equal)  # each is stored once
+        typed = {v.name for v in body.value_info} | {v.name for v in body.output}
+        assert {name for node in body.node if node.op_type != "Cast" for name in node.output
+                if name} <= typed
         for trace in (b"site-packages", b".py", b"/tmp", str(ROOT).encode(), b"stack_trace"):
             assert trace not in data, trace
 
@@ -2249,6 +2259,99 @@ def test_the_same_checkpoint_gives_the_same_bytes(exported):
     for part in ("encoder", "decoder"):
         first, again = (folder / f"image-transinr{n}.{part}.onnx" for n in ("", "-again"))
         assert first.read_bytes() == again.read_bytes()
+
+
+def test_the_sidecar_says_the_same_as_the_metadata(exported):
+    folder, _ = exported
+    sidecar = json.loads((folder / "gp-vnp.json").read_text())
+    for part, entry in sidecar.pop("files").items():
+        path = folder / f"gp-vnp.{part}.onnx"
+        meta = session(path).get_modelmeta().custom_metadata_map
+        assert meta.pop("part") == part and entry["error"] <= 1e-5
+        assert (entry["file"], entry["bytes"]) == (path.name, path.stat().st_size)
+        for kind in ("inputs", "outputs"):
+            assert entry[kind] == json.loads(meta.pop(kind))
+        got = {k: v if isinstance(sidecar[k], str) else json.loads(v) for k, v in meta.items()}
+        assert got == sidecar
+    cfg = exported_model(folder, "gp-vnp").cfg
+    assert (sidecar["near"], sidecar["far"]) == (cfg.near, cfg.far)
+    graph = session(folder / "gp-vnp.encoder.onnx")
+    assert {i.name: i.shape for i in graph.get_inputs()} == {
+        "x": ["batch", "points", 1], "y": ["batch", "points", 1], "mask": ["batch", "points"]}
+
+
+@pytest.mark.parametrize("name, query", [("image-transinr", "coords"), ("gp-vnp", "x")])
+def test_angles_of_sines_and_cosines_are_reduced(exported, name, query):
+    """To [-pi, pi], where every GPU knows them: seen at extra outputs of the decoder."""
+    folder, _ = exported
+    proto = onnx.load(folder / f"{name}.decoder.onnx")
+    angles = {n.input[0] for n in proto.graph.node if n.op_type in ("Sin", "Cos")}
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(k, 1, None) for k in angles)
+    context, queries = problem(exported_model(folder, name).cfg, 2, 50)
+    queries[query][0, 0] = -2.0  # further out than any pixel
+    eps = noise(exported_model(folder, name).cfg, 2)
+    feed = run_onnx(folder / f"{name}.encoder.onnx", context) | queries | {"eps": eps}
+    graph = ort.InferenceSession(proto.SerializeToString())
+    found = graph.run(list(angles), {i.name: feed[i.name].numpy() for i in graph.get_inputs()})
+    assert all(3 < np.abs(v).max() < 3.1417 for v in found) and angles
+
+
+def test_inputs_of_different_batches_are_refused_by_name(exported):
+    folder, _ = exported
+    context, query = problem(exported_model(folder, "nvs-transinr").cfg, 2, 5)
+    code = run_onnx(folder / "nvs-transinr.encoder.onnx", context)
+    for feed in ({k: v[:1] for k, v in code.items()} | query, code | {k: v[:1] for k, v in
+                                                                      query.items()}):
+        with pytest.raises(Exception, match="the batch of rays_o must be that of wb0"):
+            run_onnx(folder / "nvs-transinr.decoder.onnx", feed)
+
+
+def test_static_dimensions_are_numbers_throughout(exported):
+    folder, _ = exported
+    model = exported_model(folder, "nvs-vnp-static")
+    for part in ("encoder", "decoder"):
+        graph = onnx.load(folder / f"nvs-vnp-static.{part}.onnx").graph
+        for name, shape in shapes([*graph.input, *graph.value_info, *graph.output]).items():
+            assert all(type(n) is int for n in shape), (name, shape)
+    context, query = problem(model.cfg, 1, 8)
+    code = run_onnx(folder / "nvs-vnp-static.encoder.onnx", context)
+    eps = noise(model.cfg, 1)
+    mean = run_onnx(folder / "nvs-vnp-static.decoder.onnx", code | query | {"eps": eps})["mean"]
+    near(mean, model.decode(model.encode(context), query, eps=eps).mean)
+
+
+def test_half_precision_is_stored_for_the_decoder_of_a_neural_process_too(exported):
+    folder, _ = exported
+    model, path = exported_model(folder, "gp-vnp-half"), folder / "gp-vnp-half.decoder.onnx"
+    decoder = onnx.load(path).graph
+    stored = sum(len(i.raw_data) for i in decoder.initializer)
+    kept = {n for n, _ in model.named_parameters()
+            if n.startswith(("embed", "cross", "enhance", "blocks", "head", "grid"))}
+    full = sum(4 * model.get_parameter(n).numel() for n in kept if ".post_" not in n)
+    assert stored < 0.8 * full
+    context, query = problem(model.cfg, 2, 50)
+    eps = noise(model.cfg, 2)
+    code = run_onnx(folder / "gp-vnp-half.encoder.onnx", context)
+    mean = run_onnx(path, code | query | {"eps": eps})["mean"]
+    error = (mean - model.decode(model.encode(context), query, eps=eps).mean).abs().max()
+    assert 0 < error < 5e-3
+
+
+def test_a_folder_of_checkpoints_becomes_a_folder_of_exports_and_a_table(tmp_path, exported):
+    source, out = tmp_path / "models", tmp_path / "out"
+    source.mkdir()
+    (source / "a.pt").write_bytes((exported[0] / "gp-transinr.pt").read_bytes())
+    output = run_export("--all", source, "-o", out)
+    assert {p.name for p in out.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx", "a.json"}
+    table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$", output, re.M)
+    assert [row[0] for row in table] == ["encoder", "decoder"]
+    for part, size, error in table:
+        assert float(size) == pytest.approx((out / f"a.{part}.onnx").stat().st_size / 1e6, abs=0.01)
+        assert 0 < float(error) < 1e-5
+    (source / "a.json").write_text('{"psnr": 20}')  # scores beside a checkpoint stay
+    output = run_export(source / "a.pt", code=2)
+    assert "a.json: is there and no export wrote it" in output
+    assert (source / "a.json").read_text() == '{"psnr": 20}'
 
 
 def test_half_precision_is_for_the_hypernetwork_alone(exported):
@@ -2306,7 +2409,8 @@ def test_without_onnxruntime_the_reference_evaluator_verifies(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     output = run_export(source, "-o", tmp_path / "a.onnx", "--opset", "18")
     assert "reference" in output and "optimised" not in output
-    assert {p.name for p in tmp_path.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "a.encoder.onnx", "a.decoder.onnx", "a.json"}
 
 
 def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch, exported):
@@ -2317,6 +2421,7 @@ def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch, exported):
         "a.encoder.onnx",
         "a.encoder.onnx.data",
         "a.decoder.onnx",
+        "a.json",
     }
     context, _ = problem(tinyinr.load(source).cfg, 2, 3)
     one = run_onnx(exported[0] / "image-transinr.encoder.onnx", context)
@@ -2366,6 +2471,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, dat
         (["--opset", "17"], "opset='17' is unknown; choose from 18, 20"),
         (["-o", "absent/a"], "absent: no such folder"),
         (["-o", "file/a"], "file: no such folder"),
+        (["--static", "rays=8"], "dimension of --static='rays' is unknown; choose from batch, "),
+        (["--static", "batch=0"], "--static batch=0 must be a whole number from 1 on"),
+        (["--all", "."], "give one of CKPT, --all FOLDER and --serve FOLDER"),
+        (["--page", "--fused"], "--page decodes pieces of any size: leave out --fused"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(tmp_path, monkeypatch, options, reason):

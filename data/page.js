@@ -47,15 +47,16 @@ async function pixels(blob) {  // a photo on white; that of a scene is padded to
   return resize(ink.getImageData(0, 0, shape[1], shape[0]), about.config.image_size);
 }
 async function take(blobs, given) {
-  const S = about.config.image_size, planes = await Promise.all(blobs.map(pixels));
+  const S = about.config.image_size, V = blobs.length;
+  const planes = await Promise.all(blobs.map(pixels));
   const data = planes.flatMap(p => [...p]), f = S / 2 / Math.tan(0.26), e = Math.PI / 9, r = 4;
   cameras = given || {focals: [[f, f]], poses: [[[1, 0, 0, 0],  // in front, 20 degrees above
     [0, Math.sin(e), -Math.cos(e), -r * Math.cos(e)],
     [0, Math.cos(e), Math.sin(e), r * Math.sin(e)]]]};
   context = task == "image"
     ? {image: [data, [1, 3, S, S]], mask: [Array(S * S).fill(1), [1, 1, S, S]]}
-    : {images: [data, [1, blobs.length, 3, S, S]], focals: [cameras.focals.flat(), [1, blobs.length, 2]],
-       poses: [cameras.poses.flat(2), [1, blobs.length, 3, 4]]};
+    : {images: [data, [1, V, 3, S, S]], focals: [cameras.focals.flat(), [1, V, 2]],
+       poses: [cameras.poses.flat(2), [1, V, 3, 4]]};
   const px = new ImageData(S, S);
   for (let k = 0; k < 4 * S * S; k++)
     px.data[k] = k % 4 < 3 ? 255 * planes[0][(k % 4) * S * S + (k >> 2)] : 255;
@@ -94,16 +95,20 @@ function ask() {
   asked = 0;
   again = task == "gp" && busy;  // a plot is not broken off, or dragging would show none
   if (again) return;
-  const size = +$("size").value, most = Math.max(...shape), pixels = n => ({
-    h: Math.max(1, Math.round(n * shape[0] / most)), w: Math.max(1, Math.round(n * shape[1] / most))});
   const dims = about.files.decoder.inputs.eps?.shape, n = dims && dims[0] * dims[3];
-  passes = task == "gp"
-    ? Array.from({length: n ? 12 : 1}, (_, k) => ({w: 256, h: 1, eps: n && noise(n, seed + 97 * k)}))
-    : [task == "nvs" ? 32 : 64, size].filter((v, i) => i || v < size)
-      .map(v => ({...pixels(v), eps: n && Array(n).fill(0)}));
-  if (task == "gp") context = {x: [points.map(p => p[0]), [1, points.length, 1]],
-    y: [points.map(p => p[1]), [1, points.length, 1]], mask: [points.map(() => 1), [1, points.length]]};
-  else Object.assign(canvas, {width: passes.at(-1).w, height: passes.at(-1).h});
+  if (task == "gp") {
+    const N = points.length, column = k => [points.map(p => p[k]), [1, N, 1]];
+    context = {x: column(0), y: column(1), mask: [Array(N).fill(1), [1, N]]};
+    passes = Array.from({length: n ? 12 : 1}, (_, k) =>
+      ({w: 256, h: 1, eps: n && noise(n, seed + 97 * k)}));
+  } else {
+    const size = +$("size").value, eps = n && Array(n).fill(0), [h, w] = shape.map(
+      v => v / Math.max(...shape)), side = v => Math.max(1, Math.round(v));
+    passes = [task == "nvs" ? 32 : 64, size].filter((v, i) => i || v < size)
+      .map(v => ({h: side(v * h), w: side(v * w), eps}));
+    Object.assign(canvas, {width: passes.at(-1).w, height: passes.at(-1).h});
+    canvas.style.width = `min(100%, ${66 * w / h}vh)`;
+  }
   pieces = [];
   decodeMs = 0;
   busy = true;
@@ -133,7 +138,8 @@ function answer({data}) {
 }
 function paint({pass, w, h, top, n, mean}) {
   const px = new ImageData(w, n), scale = canvas.height / h;
-  for (let k = 0; k < 4 * w * n; k++) px.data[k] = k % 4 < 3 ? 255 * mean[(k >> 2) * 3 + k % 4] : 255;
+  for (let k = 0; k < 4 * w * n; k++)
+    px.data[k] = k % 4 < 3 ? 255 * mean[(k >> 2) * 3 + k % 4] : 255;
   Object.assign(layer, {width: w, height: n}).getContext("2d").putImageData(px, 0, 0);
   pen.imageSmoothingEnabled = pass < passes.length - 1;
   pen.drawImage(layer, 0, Math.round(top * scale), canvas.width, Math.round(n * scale));
@@ -156,40 +162,49 @@ function plot() {  // mean and 95 % band of the mixture of all draws
     pieces.reduce((s, p) => s + f(p.mean[i * D], p.std[i * D]), 0) / pieces.length);
   const mean = over(m => m), square = over((m, s) => m * m + s * s);
   const band = mean.map((m, i) => 1.96 * Math.sqrt(Math.max(0, square[i] - m * m)));
-  const edge = [...mean.map((m, i) => [i, m + band[i]]), ...mean.map((m, i) => [i, m - band[i]]).reverse()];
+  const side = sign => mean.map((m, i) => [i, m + sign * band[i]]);
   pen.clearRect(0, 0, canvas.width, canvas.height);
   pen.fillStyle = "#dde3fb";
   pen.beginPath();
-  edge.forEach(([i, y]) => pen.lineTo(...at(-2 + 4 * i / 255, y)));
+  [...side(1), ...side(-1).reverse()].forEach(([i, y]) => pen.lineTo(...at(-2 + 4 * i / 255, y)));
   pen.fill();
-  if (pieces.length > 1) pieces.forEach(p => line([...p.mean].filter((_, i) => i % D == 0), "#3f51d855", 1));
+  for (const p of pieces) line(mean.map((_, i) => p.mean[i * D]), "#3f51d866", 1);
   line(mean, "#3f51d8", 3);
   pen.fillStyle = "#1c2333";
-  for (const p of points) { pen.beginPath(); pen.arc(...at(...p), 6, 0, 7); pen.fill(); }
+  for (const p of points) {
+    pen.beginPath();
+    pen.arc(...at(...p), 6, 0, 7);
+    pen.fill();
+  }
   canvas.values = {mean, band};
 }
-function showCode() {  // a layer as a picture: red positive, blue negative
-  $("code").replaceChildren(...Object.entries(code).filter(([k]) => !k.startsWith("pool")).map(([name, [data, dims]]) => {
-    const [h, w] = dims.slice(1), figure = document.createElement("figure"), px = new ImageData(w, h);
-    const most = 3 * Math.sqrt(data.reduce((s, v) => s + v * v, 0) / data.length);
-    data.forEach((v, k) => px.data.set(
-      [0, 1, 2].map(c => 255 - 200 * clamp([-v, Math.abs(v), v][c] / most, 0, 1)).concat(255), 4 * k));
-    const picture = Object.assign(document.createElement("canvas"), {width: w, height: h});
-    picture.getContext("2d").putImageData(px, 0, 0);
-    figure.innerHTML = `<figcaption>${name} ${h} × ${w}</figcaption>`;
-    figure.prepend(picture);
-    return figure;
-  }));
+function tile([name, [data, dims]]) {  // a layer as a picture: red positive, blue negative
+  const [h, w] = dims.slice(1), figure = document.createElement("figure");
+  const most = 3 * Math.sqrt(data.reduce((s, v) => s + v * v, 0) / data.length);
+  const picture = Object.assign(document.createElement("canvas"), {width: w, height: h});
+  const px = new ImageData(w, h);
+  data.forEach((v, k) => px.data.set([-v, Math.abs(v), v, -1].map(
+    t => 255 - 200 * clamp(t / most, 0, 1)), 4 * k));
+  picture.getContext("2d").putImageData(px, 0, 0);
+  figure.innerHTML = `<figcaption>${name} ${h} × ${w}</figcaption>`;
+  figure.prepend(picture);
+  return figure;
+}
+function showCode() {
+  const layers = Object.entries(code).filter(([name]) => !name.startsWith("pool"));
+  $("code").replaceChildren(...layers.map(tile));
   const count = Object.values(code).reduce((s, [data]) => s + data.length, 0);
-  $("bytes").textContent = `${count.toLocaleString("en")} numbers, ${(count / 250).toFixed(0)} kB in fp32`;
+  $("bytes").textContent =
+    `${count.toLocaleString("en")} numbers, ${(count / 250).toFixed(0)} kB in fp32`;
 }
 $("save").onclick = () => {  // safetensors: a length, a header in JSON, the numbers
   let end = 0;
   const head = JSON.stringify(Object.fromEntries(Object.entries(code).map(([k, [data, shape]]) =>
     [k, {dtype: "F32", shape: [...shape], data_offsets: [end, end += data.byteLength]}])));
-  const parts = [new BigUint64Array([BigInt(head.length)]), head, ...Object.values(code).map(c => c[0])];
+  const length = new BigUint64Array([BigInt(head.length)]);
+  const file = new Blob([length, head, ...Object.values(code).map(([data]) => data)]);
   Object.assign(document.createElement("a"), {download: `${stem}.code.safetensors`,
-    href: URL.createObjectURL(new Blob(parts))}).click();
+    href: URL.createObjectURL(file)}).click();
 };
 
 // ---------------------------------------------------------------- hands, and the start
@@ -203,8 +218,10 @@ function pan(down, right, size = view.height) {
           left: clamp(view.left + right, -1, 1 - size)};
   draw();
 }
-const place = e => { const box = canvas.getBoundingClientRect();
-  return [(e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height]; };
+function place(e) {  // of a pointer on the canvas, in [0, 1]
+  const box = canvas.getBoundingClientRect();
+  return [(e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height];
+}
 canvas.onpointerdown = e => {
   canvas.setPointerCapture(e.pointerId);
   pointers.set(e.pointerId, place(e));
@@ -216,21 +233,26 @@ canvas.onpointerdown = e => {
 };
 canvas.onpointermove = e => {
   if (!pointers.has(e.pointerId)) return;
-  const all = [...pointers.values()], [x, y] = place(e), [px, py] = pointers.get(e.pointerId);
-  const spread = () => { const [a, b] = [...pointers.values()]; return Math.hypot(a[0] - b[0], a[1] - b[1]); };
-  const before = all.length > 1 && spread();
+  const [x, y] = place(e), [px, py] = pointers.get(e.pointerId);
+  const fingers = () => {  // how far two of them are apart, and their middle
+    const [[ax, ay], [bx, by]] = pointers.values();
+    return [Math.hypot(ax - bx, ay - by), (ax + bx) / 2, (ay + by) / 2];
+  };
+  const before = pointers.size > 1 && fingers();
   pointers.set(e.pointerId, [x, y]);
   if (task == "gp") {
     moved ||= Math.hypot(x - px, y - py) > 0.002;
     if (moved) { held[0] = 4 * x - 2; held[1] = 2 - 4 * y; draw(true); }
-  } else if (before) zoom(spread() / before, (all[0][0] + all[1][0]) / 2, (all[0][1] + all[1][1]) / 2);
+  } else if (before) zoom(fingers()[0] / before[0], ...fingers().slice(1));
   else if (task == "image") pan(view.height * (py - y), view.width * (px - x));
   else { orbit.a -= 4 * (x - px); orbit.e = clamp(orbit.e + 3 * (y - py), -1.4, 1.4); }
   if (task == "nvs") draw();
 };
 canvas.onpointerup = canvas.onpointercancel = e => {
   pointers.delete(e.pointerId);
-  if (task == "gp" && !moved && points.length > 1) { points = points.filter(p => p != held); draw(true); }
+  if (task != "gp" || moved || points.length < 2) return;
+  points = points.filter(p => p != held);
+  draw(true);
 };
 canvas.addEventListener("wheel", e => {
   if (task == "gp") return;
@@ -247,7 +269,11 @@ $("file").onchange = e => photo(e.target.files);
 document.onpaste = e => photo(e.clipboardData.files);
 document.ondragover = e => { e.preventDefault(); document.body.classList.add("over"); };
 document.ondragleave = () => document.body.classList.remove("over");
-document.ondrop = e => { e.preventDefault(); document.body.classList.remove("over"); photo(e.dataTransfer.files); };
+document.ondrop = e => {
+  e.preventDefault();
+  document.body.classList.remove("over");
+  photo(e.dataTransfer.files);
+};
 
 async function get(url, integrity = "") {
   const reply = await fetch(url, {integrity});
@@ -255,25 +281,23 @@ async function get(url, integrity = "") {
   progress(++loaded / 5);
   return reply.arrayBuffer();
 }
-const WORDS = {
-  image: ["an image", "Drop, paste or pick a photo. A network reads it once and returns it as a function of (row, column): zoom with the wheel or two fingers, drag to move."],
-  nvs: ["a scene", "The network has seen the view below and returns a field of colors and densities: drag to turn the object, zoom with the wheel; drop a photo of another object on white."],
-  gp: ["a curve", "Click to add a point, drag it to move it, click it to take it away: the mean, the 95 % band and draws of the function follow."]};
 async function start() {
   const name = encodeURIComponent(stem);
   if (typeof WebAssembly != "object")
-    return say("This browser has no WebAssembly; use a current Chrome, Edge, Firefox or Safari.", true);
+    return say("This browser has no WebAssembly; use a current Chrome, Firefox or Safari", true);
   if (location.protocol == "file:")
-    return say(`A page opened as a file may not load its model: run "python export.py --serve FOLDER" and open http://localhost:8000/${name}.html instead.`, true);
+    return say("A page that was opened as a file may not load its model: run python export.py " +
+               `--serve FOLDER and open http://localhost:8000/${name}.html`, true);
   about = JSON.parse(new TextDecoder().decode(await get(`${name}.json`)));
   task = about.task;
-  for (const e of document.querySelectorAll("[data-for]")) e.hidden = !e.dataset.for.includes(task);
-  document.title = $("title").textContent = `${{transinr: "TransINR", vnp: "VNP"}[about.model]}: ${WORDS[task][0]} as a function`;
-  $("hint").textContent = WORDS[task][1];
-  $("coded").textContent = about.model == "vnp" ? "The function: its tokens" : "The function: weights of an MLP";
-  $("draws").hidden = task != "gp" || about.model != "vnp";
-  const sizes = task == "nvs" ? [64, 128, 256] : [64, 256, 512, 1024];
-  $("size").replaceChildren(...sizes.map(n => new Option(`${n} pixels`, n, n == 512 || n == 128, n == 512 || n == 128)));
+  const kind = {image: "An image", nvs: "A scene", gp: "A curve"}[task];
+  const sizes = [64, 128, 256, 512];
+  document.title = $("title").textContent = `${kind} as a function`;
+  for (const e of document.querySelectorAll("[data-for]"))
+    e.hidden = !e.dataset.for.includes(task) || e.id == "draws" && about.model != "vnp";
+  $("coded").textContent = about.model == "vnp" ? "Its code: tokens" : "Its code: weights of an MLP";
+  $("size").replaceChildren(...sizes.map(n => new Option(`${n} pixels`, n)));
+  $("size").value = task == "nvs" ? 128 : 512;
   if (task == "gp") Object.assign(canvas, {width: 960, height: 640});
   const [models, runtime] = await Promise.all([
     Promise.all(["encoder", "decoder"].map(k => get(encodeURIComponent(about.files[k].file)))),

@@ -65,7 +65,7 @@ def data_uri(pixels) -> str:
 
 
 def serve(folder: str, port: int):
-    """Serve a folder to this machine alone, until Ctrl-C. Errors: OSError where the port is taken."""
+    """Serve a folder to this machine alone, until Ctrl-C. Errors: OSError for a taken port."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         for page in sorted(Path(folder).glob("*.html")):
