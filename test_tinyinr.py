@@ -6,9 +6,12 @@ python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
 """
 
 import ast
+import base64
 import bisect
 import ctypes
+import functools
 import hashlib
+import http.server
 import importlib
 import io
 import json
@@ -19,9 +22,11 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +34,7 @@ from dataclasses import asdict, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -43,7 +49,7 @@ from PIL import Image
 
 import export
 import tinyinr
-from data import curves, images, scenes
+from data import curves, images, page, scenes
 from tinyinr import build
 
 ModelConfig, TrainConfig = tinyinr.ModelConfig, tinyinr.TrainConfig
@@ -2302,7 +2308,7 @@ def test_inputs_of_different_batches_are_refused_by_name(exported):
     code = run_onnx(folder / "nvs-transinr.encoder.onnx", context)
     for feed in ({k: v[:1] for k, v in code.items()} | query, code | {k: v[:1] for k, v in
                                                                       query.items()}):
-        with pytest.raises(Exception, match="the batch of rays_o must be that of wb0"):
+        with pytest.raises(Exception, match="the batch of rays_[od] must be that of wb0"):
             run_onnx(folder / "nvs-transinr.decoder.onnx", feed)
 
 
@@ -2581,6 +2587,206 @@ def test_page_draws_the_band_of_a_neural_process(tmp_path, exported):
     assert (
         band.any(0).mean() > 0.95 and (picture == (0x1F, 0x4E, 0x8C)).all(-1).any(0).mean() > 0.95
     )
+
+
+# ------------------------------------------------------------------------- the page in a browser
+
+
+class Browser:
+    """Headless Chromium, driven by its remote debugging protocol over two pipes."""
+
+    def __init__(self, program, folder):
+        (self.answers, out), (into, self.commands) = os.pipe(), os.pipe()
+        command = [program, "--headless=new", "--no-sandbox", "--disable-gpu",
+                   "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{into} 4>&{out}', *command], pass_fds=(into, out),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(into), os.close(out)
+        self.count, self.rest, self.where = 0, b"", {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        attached = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.where = {"sessionId": attached["sessionId"]}
+
+    def __call__(self, method, **params) -> dict:
+        """Send a command and wait for its result."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | self.where
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                got = os.read(self.answers, 1 << 20)
+                assert got, "the browser has ended"
+                self.rest += got
+            text, _, self.rest = self.rest.partition(b"\0")
+            if (answer := json.loads(text)).get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def js(self, code):
+        answer = self("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def settle(self, change="0", seconds=120) -> str:
+        """Make a change to the page and wait for what comes of it: its line of status."""
+        self.js(f"delete document.body.dataset.state, {change}, 0")
+        end = time.monotonic() + seconds
+        while not self.js("/done|failed/.test(document.body?.dataset.state)"):
+            assert time.monotonic() < end, self.js("document.body.innerText")
+            time.sleep(0.05)
+        return self.js("document.getElementById('status').textContent")
+
+    def open(self, url, width=1000, height=800):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 500)
+        self("Page.navigate", url=url)
+        return self.settle()
+
+    def canvas(self) -> np.ndarray:
+        """The picture (H, W, 3) uint8."""
+        pixels = self.js("(() => { const c = document.getElementById('view'); const d = "
+                         "c.getContext('2d').getImageData(0, 0, c.width, c.height); return "
+                         "[d.height, d.width, btoa(Array.from(d.data, "
+                         "v => String.fromCharCode(v)).join(''))]; })()")
+        data = np.frombuffer(base64.b64decode(pixels[2]), np.uint8)
+        return data.reshape(*pixels[:2], 4)[..., :3]
+
+
+ORT_WEB = f"onnxruntime-web@{page.VERSION}"
+
+
+@pytest.fixture(scope="session")
+def ort_web(tmp_path_factory):
+    """The dist folder of onnxruntime-web: that of ORT_WEB, or installed by npm."""
+    if "ORT_WEB" in os.environ:
+        return Path(os.environ["ORT_WEB"])
+    if not shutil.which("npm"):
+        pytest.skip("no npm to install onnxruntime-web with; ORT_WEB may name its dist folder")
+    folder = tmp_path_factory.mktemp("npm")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(folder), ORT_WEB]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm install {ORT_WEB} did not end")
+    if done.returncode:
+        pytest.skip(f"npm install {ORT_WEB}: {done.stderr[-200:]}")
+    return folder / "node_modules" / "onnxruntime-web" / "dist"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not program:
+        pytest.skip("no browser: install Debian's chromium, or name one in CHROMIUM")
+    made = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield made
+    made.process.terminate()
+    made.process.wait()
+
+
+@pytest.fixture(scope="session")
+def served(ort_web, exported):
+    """Address of a server of pages for the exports of image, nvs and gp models."""
+    folder, _ = exported
+    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp"):
+        cfg = exported_model(folder, name).cfg
+        n, size = cfg.n_views, cfg.image_size
+        data = SimpleNamespace(
+            pixels=(rand(1, 3, size, size) * 255).byte(),
+            images=(rand(n, 3, size, size) * 255).byte(),
+            poses=poses(n), focals=torch.full((n, 2), 1.2 * size))
+        page.write(folder / f"{name}.html", cfg, data, ort_web)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def drop(path) -> str:
+    """JavaScript that drops a file on the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return ("(() => { const items = new DataTransfer(); items.items.add(new File([Uint8Array.from("
+            f"atob('{data}'), c => c.charCodeAt(0))], 'photo.png')); document.dispatchEvent("
+            "new DragEvent('drop', {dataTransfer: items, cancelable: true})); })()")
+
+
+def choose(n) -> str:
+    return f"[document.getElementById('size')].map(e => (e.value = {n}, e.onchange()))"
+
+
+@pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
+def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, served, browser, name):
+    model = exported_model(exported[0], name)
+    pixels = (rand(80, 60, 3, seed=3).numpy() * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(photo := tmp_path / "photo.png")
+    assert "decoded in" in browser.open(f"{served}/{name}.html")
+    for size in (64, 256, 512):
+        browser.settle(choose(size))
+        browser.settle(drop(photo))
+        truth, drawn = tinyinr.render_image(model, photo, size), browser.canvas()
+        assert drawn.shape == truth.shape and truth.std() > 3
+        assert np.abs(np.int64(drawn) - truth).max() <= 1
+    browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times
+    code = model.encode(tinyinr.read_context(model, photo)[0])
+    rows, cols = (((torch.arange(n) + 0.5) * 2 / n - 1) / 8 for n in truth.shape[:2])
+    coords = torch.cartesian_prod(rows, cols)[None]
+    mean = tinyinr.predict(model, code, {"coords": coords}).mean[0].view(truth.shape)
+    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
+    assert browser.open(f"{served}/{name}.html", 390, 844)
+    assert browser.js("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_page_draws_the_view_that_a_scene_was_seen_from(exported, served, browser):
+    model = exported_model(exported[0], "nvs-transinr")
+    browser.open(f"{served}/nvs-transinr.html")
+    browser.settle(choose(64))
+    size = model.cfg.image_size
+    images = (rand(1, 3, size, size) * 255).byte() / 255
+    focals = torch.full((1, 2), 1.2 * size)
+    code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
+    rays_o, rays_d = tinyinr.camera_rays(poses(1)[0], focals[0] * 64 / size, 64, 64)
+    query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
+    mean = tinyinr.predict(model, code, query).mean.view(64, 64, 3)
+    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
+
+
+def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, browser):
+    model = exported_model(exported[0], "gp-vnp")
+    browser.open(f"{served}/gp-vnp.html")
+    before = browser.js("[...document.getElementById('view').values.mean]")
+    browser.js("document.getElementById('view').scrollIntoView()")
+    box = browser.js("(b => [b.left, b.top, b.width, b.height])"
+                     "(document.getElementById('view').getBoundingClientRect())")
+    at = {"x": box[0] + 0.75 * box[2], "y": box[1] + 0.25 * box[3], "button": "left"}
+    browser.js("delete document.body.dataset.state")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser("Input.dispatchMouseEvent", type=kind, clickCount=1, **at)
+    browser.settle("document.getElementById('draws').click()")
+    values = browser.js("document.getElementById('view').values")
+    x = torch.tensor([-1.5, -0.6, 0.7, 1.0])[None, :, None]
+    y = torch.tensor([0.5, -0.4, 0.9, 1.0])[None, :, None]
+    code = model.encode({"x": x, "y": y})
+    eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
+    query = {"x": torch.linspace(-2, 2, 256)[None, :, None]}
+    draws = [model.decode(code, query, eps=e) for e in eps]
+    mean, std = (torch.stack([d[i].flatten() for d in draws]) for i in range(2))
+    both = 1.96 * (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
+    assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
+    close(torch.tensor(values["mean"]), mean.mean(0), 1e-3)
+    close(torch.tensor(values["band"]), both, 1e-3)
+    assert np.abs(np.array(before) - values["mean"]).max() > 1e-3
+
+
+def test_the_page_says_what_is_missing(tmp_path, exported, served, browser):
+    file = exported[0] / "image-vnp.html"
+    assert "run python export.py --serve" in browser.open(f"file://{file}")
+    (exported[0] / "lost.html").write_text(file.read_text().replace("image-vnp", "lost"))
+    assert "lost.json: 404" in browser.open(f"{served}/lost.html")
+    spoiled = re.sub(r"sha384-....", "sha384-AAAA", file.read_text())
+    (exported[0] / "spoiled.html").write_text(spoiled)
+    assert "fetch" in browser.open(f"{served}/spoiled.html")  # a hash that is not the runtime's
 
 
 if __name__ == "__main__":

@@ -68,11 +68,12 @@ def require_one_batch(body: onnx.GraphProto, inputs: dict[str, tuple]):
     first, *rest = inputs
     nodes, checked = [make_node("Shape", [first], ["batch.size"], start=0, end=1)], {}
     for name in rest:
-        i, checked[name] = inputs[name].index("batch"), f"{name}.checked"
-        before, after, shape = (f"{name}.{k}" for k in ("before", "after", "shape"))
-        nodes += [make_node("Shape", [name], [before], start=0, end=i),
-                  make_node("Shape", [name], [after], start=i + 1),
-                  make_node("Concat", [before, "batch.size", after], [shape], axis=0),
+        i, shape, checked[name] = inputs[name].index("batch"), f"{name}.shape", f"{name}.checked"
+        spans = [(f"{name}.before", 0, i), (f"{name}.after", i + 1, len(inputs[name]))]
+        spans = [span for span in spans if span[1] < span[2]]  # tract takes no empty shapes
+        nodes += [make_node("Shape", [name], [k], start=a, end=b) for k, a, b in spans]
+        parts = [k for k, a, _ in spans if not a] + ["batch.size"] + [k for k, a, _ in spans if a]
+        nodes += [make_node("Concat", parts, [shape], axis=0),
                   make_node("Reshape", [name, shape], [checked[name]], allowzero=1,
                             name=f"the batch of {name} must be that of {first}")]
     for node in body.node:

@@ -176,7 +176,7 @@ function plot() {  // mean and 95 % band of the mixture of all draws
     pen.arc(...at(...p), 6, 0, 7);
     pen.fill();
   }
-  canvas.values = {mean, band};
+  canvas.values = {mean, band, eps: passes.map(p => p.eps)};
 }
 function tile([name, [data, dims]]) {  // a layer as a picture: red positive, blue negative
   const [h, w] = dims.slice(1), figure = document.createElement("figure");
