@@ -340,7 +340,7 @@ def verify(graph: Graph, path: str) -> float:
     queries = [{"queries": n} for n in (1, 3, 30)] if "queries" in words(graph.query) else [{}]
     for context, query in product(contexts if any(contexts) else [{}], queries):
         sizes, errors = context | query, []
-        for batch in (1, 2, 3):  # where it is static: three random problems
+        for batch in (1, 2, 3):
             inputs = graph.draw(seed=batch, batch=batch, **sizes)
             truth, feed = graph(*inputs.values()), {k: v.numpy() for k, v in inputs.items()}
             errors.append([distance(run(feed), truth) for run in runs.values()])
@@ -408,8 +408,7 @@ def export_all(folder: Path, out: str | None, options: dict):
     """Export every checkpoint of a folder and print a table of sizes and errors."""
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth"))
     if not paths or not out:
-        raise ValueError(f"{folder}: no checkpoints (.pt, .pth) here" if not paths else
-                         "--all needs a folder to write to; give -o FOLDER")
+        raise ValueError(f"--all {folder} -o {out}: give a folder with .pt or .pth, and -o FOLDER")
     Path(out).mkdir(exist_ok=True)
     rows = []
     for path in paths:

@@ -2628,9 +2628,10 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def settle(self, change="0", seconds=120) -> str:
+    def settle(self, change=None, seconds=120) -> str:
         """Make a change to the page and wait for what comes of it: its line of status."""
-        self.js(f"delete document.body.dataset.state, {change}, 0")
+        if change:
+            self.js(f"delete document.body.dataset.state, {change}, 0")
         end = time.monotonic() + seconds
         while not self.js("/done|failed/.test(document.body?.dataset.state)"):
             assert time.monotonic() < end, self.js("document.body.innerText")

@@ -19,10 +19,12 @@ import numpy as np
 import onnxruntime as ort
 
 FREE = {"batch": 2, "queries": 50, "points": 9, "views": 2, "tokens": 30, "pool": 20}
+SHIFT = {"near": 2, "far": 6, "coords": -0.5, "x": -0.5,  # from [0, 1): rays that hit an object
+         "rays_o": (-0.5, -0.5, 3.5), "rays_d": (-0.5, -0.5, -4)}
 PREAMBLE = """import json, sys, numpy as np
 def report(load):
     for path in sys.argv[2:]:
-        feed, truth = ({k: v for k, v in np.load(path + s + ".npz").items()} for s in (".in", ".out"))
+        feed, truth = (dict(np.load(path + s + ".npz")) for s in (".in", ".out"))
         try:
             out = load(path, feed)
             out = dict(zip(truth, map(np.asarray, out)))
@@ -53,7 +55,7 @@ def load(path, feed):
 report(load)
 """
 NODE = """const ort = require("onnxruntime-web"), fs = require("fs");
-(async () => { for (const path of process.argv.slice(3)) {
+(async () => { for (const path of process.argv.slice(2)) {
   let error = 0;
   try {
     const {feed, truth} = JSON.parse(fs.readFileSync(path + ".json"));
@@ -87,9 +89,9 @@ def prepare(path: Path, folder: Path) -> str:
     session, gen = ort.InferenceSession(copy), np.random.default_rng(0)
     feed = {i.name: gen.random([FREE.get(n, n) for n in i.shape], np.float32)
             for i in session.get_inputs()}
-    for name, value in (("near", 2), ("far", 6)):
+    for name, value in SHIFT.items():
         if name in feed:
-            feed[name] += value
+            feed[name] += np.float32(value)
     truth = dict(zip((o.name for o in session.get_outputs()), session.run(None, feed)))
     np.savez(f"{copy}.in.npz", **feed)
     np.savez(f"{copy}.out.npz", **truth)
