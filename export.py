@@ -231,8 +231,7 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     """The graph in ONNX, free of stack traces and paths. Errors: RunFailed if a wish isn't met."""
     free = tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)}
                  for shape in graph.inputs.values())
-    for name in ("torch.onnx", "onnx_ir", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # of PyTorch's exporter and what it calls
     with warnings.catch_warnings(action="ignore"), ReducedAngles():
         proto = torch.onnx.export(
             graph, tuple(graph.draw().values()), dynamo=True, dynamic_shapes=(free,),
@@ -271,8 +270,8 @@ def name_dimensions(values, shapes: dict[str, tuple]):
 def describe(cfg: ModelConfig, opset: int, sha256: str) -> dict:
     """What a reader of the files has to know."""
     return {
-        "task": cfg.task, "model": cfg.model, "config": asdict(cfg), "near": cfg.near,
-        "far": cfg.far, "conventions": CONVENTIONS, "notes": notes(cfg), "opset": opset,
+        "task": cfg.task, "model": cfg.model, "near": cfg.near, "far": cfg.far, "opset": opset,
+        "config": asdict(cfg), "conventions": CONVENTIONS, "notes": notes(cfg),
         "ir_version": IR_VERSION[opset], "checkpoint_sha256": sha256,
         "versions": {m.__name__: m.__version__ for m in (torch, onnx, onnxscript)}}
 
@@ -434,7 +433,7 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
     click.echo(f"{cfg.model} on {cfg.task}, opset {opset}\n  " + "\n  ".join(about["notes"]))
     if fp16:
         before, _, after = quality(model), round_weights(model), quality(model)
-        click.echo(f"  fp16: {'log-likelihood' if cfg.task == 'gp' else 'PSNR'} on bundled signals "
+        click.echo(f"  fp16: {'LL' if cfg.task == 'gp' else 'PSNR'} on bundled signals "
                    f"{after:.4f}, in fp32 {before:.4f}: lost {before - after:.4f}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=stem.parent) as folder:
         files = {}
@@ -443,8 +442,8 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
             files[part] = write(Graph(model, part, static), path, about, fp16)
         tinyinr.write_json(Path(folder, sidecar.name), about | {"files": files})
         if page:
-            data = tinyinr.open_data(cfg, None, "test", limit=1)
-            pages.write(Path(folder, f"{stem.name}.html"), cfg, data, ort)
+            example = tinyinr.open_data(cfg, None, "test", limit=1)
+            pages.write(Path(folder, f"{stem.name}.html"), cfg, example, ort)
         for path in sorted(Path(folder).iterdir()):
             size = path.stat().st_size / 1e6
             click.echo(f"wrote {path.replace(stem.parent / path.name)} ({size:.2f} MB)")

@@ -295,7 +295,7 @@ async function start() {
   document.title = $("title").textContent = `${kind} as a function`;
   for (const e of document.querySelectorAll("[data-for]"))
     e.hidden = !e.dataset.for.includes(task) || e.id == "draws" && about.model != "vnp";
-  $("coded").textContent = about.model == "vnp" ? "Its code: tokens" : "Its code: weights of an MLP";
+  $("coded").textContent = about.model == "vnp" ? "Its code: tokens" : "Its code: an MLP's weights";
   $("size").replaceChildren(...sizes.map(n => new Option(`${n} pixels`, n)));
   $("size").value = task == "nvs" ? 128 : 512;
   if (task == "gp") Object.assign(canvas, {width: 960, height: 640});
