@@ -2,12 +2,15 @@
 
     python export.py runs/image-transinr/ckpt.pt             # ckpt.encoder.onnx, ckpt.decoder.onnx
     python export.py runs/image-transinr/ckpt.pt --fused     # ckpt.onnx
+    python export.py runs/image-transinr/ckpt.pt --page      # ckpt.html besides: runs in a browser
+    python export.py --serve runs/image-transinr             # http://localhost:8000/ckpt.html
 
     encoder: context -> code    decoder: code + query -> values    fused: context + query -> values
 
 What goes in and comes out is fp32 and has the names of tinyinr.py; only a fused graph of curves
-calls the query's x `query_x`. Dimensions are free and named, but where the architecture fixes
-them. Nothing is drawn inside: a VNP's noise `eps` is an input. The file's metadata says the rest.
+calls the query's x `query_x`. Dimensions are free and named, but where the architecture or
+--static fixes them. Nothing is drawn inside: a VNP's noise `eps` is an input. The metadata of a
+file says the rest, and STEM.json says the same to programs that cannot read it.
 """
 
 import hashlib
@@ -31,10 +34,14 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 import tinyinr
+from data import page as pages
+from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
+                             share_initializers, store_half)
 from tinyinr import Commands, ModelConfig, RunFailed
 
 TOLERANCE = 1e-4  # largest error against PyTorch, relative where values exceed 1
 ONE_FILE = 1.5e9  # bytes of weights; more of them go to a second file, as protobuf ends at 2 GB
+IR_VERSION = {18: 8, 20: 9}  # the oldest file format of an opset: onnxruntime from 1.14, from 1.17
 
 # ------------------------------------------------------------------------- what goes in and out
 
@@ -67,9 +74,18 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
 LAYER = "a layer of the INR: its weights (in, out) and, in one more row, its bias"
 
 
-def meanings(names) -> str:
-    """JSON of what these inputs or outputs mean."""
-    return json.dumps({k: MEANING.get(k) or MEANING.get(k.partition("_")[0], LAYER) for k in names})
+def tensors(shapes: dict[str, tuple]) -> dict[str, dict]:
+    """Name of an input or output -> its shape and what it means."""
+    meaning = lambda name: MEANING.get(name) or MEANING.get(name.partition("_")[0], LAYER)
+    return {k: {"shape": shape, "meaning": meaning(k)} for k, shape in shapes.items()}
+
+
+USE = [
+    "all inputs of a call have the same batch",
+    "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] give nonsense",
+    "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB",
+    "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on",
+]
 
 
 def notes(cfg: ModelConfig) -> list[str]:
@@ -88,7 +104,7 @@ def notes(cfg: ModelConfig) -> list[str]:
         lines.append("latents are pooled over the rays of a call: render a picture in one call"
                      if cfg.latent_pool == "query" else
                      "with the same eps a picture does not depend on how it is cut into calls")
-    return lines
+    return lines + USE
 
 
 def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
@@ -105,13 +121,15 @@ def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
     return {"x": ("batch", "points", 1), "y": values, "mask": mask}
 
 
-def code_shapes(model: nn.Module) -> dict[str, tuple]:
-    """Name -> shape of a code; its length is free where it depends on the context's."""
+def code_shapes(model: nn.Module, context: dict[str, tuple]) -> dict[str, tuple]:
+    """Name -> shape of the code of such a context; its length is free where it depends on it."""
     cfg, shapes = model.cfg, {}
     free = {"image": (), "nvs": ("tokens", "pool"), "gp": ("pool",)}[cfg.task]
     if cfg.grid:  # as many tokens as voxels; curves average the prior over fixed places
         free = ("pool",) if cfg.task == "nvs" else ()
-    for name, value in model.encode(draw(cfg, context_shapes(cfg))).items():
+    if not words(context) - {"batch"}:
+        free = ()
+    for name, value in model.encode(draw(cfg, context)).items():
         word = name.partition("_")[0]
         shapes[name] = ("batch", word if word in free else value.shape[1], *value.shape[2:])
     return shapes
@@ -130,6 +148,16 @@ def value_shapes(signal) -> dict[str, tuple]:
     """Name -> shape of what comes out of a decoder."""
     names = ("mean", "std") if signal.gaussian else ("mean",)
     return dict.fromkeys(names, ("batch", "queries", signal.value_dim))
+
+
+def words(shapes: dict[str, tuple]) -> set[str]:
+    """The free dimensions of these shapes."""
+    return {n for shape in shapes.values() for n in shape if isinstance(n, str)}
+
+
+def fix(shapes: dict[str, tuple], static: dict[str, int]) -> dict[str, tuple]:
+    """The shapes with the dimensions in `static` at their sizes."""
+    return {k: tuple(static.get(n, n) for n in shape) for k, shape in shapes.items()}
 
 
 EXAMPLE = {"batch": 2, "queries": 3, "views": 4, "points": 6}  # distinct, so that none is confused
@@ -168,18 +196,19 @@ def draw(cfg: ModelConfig, shapes: dict[str, tuple], seed=0, **sizes: int) -> di
 class Graph(nn.Module):
     """A model's "encoder", its "decoder", or both ("fused"), as a function of named tensors.
 
-    inputs, outputs: name -> shape, in order; a free dimension is a word.
+    inputs, outputs: name -> shape, in order; a free dimension is a word. static: sizes of some.
     """
 
-    def __init__(self, model: nn.Module, part: str):
+    def __init__(self, model: nn.Module, part: str, static: dict[str, int]):
         super().__init__()
         self.model, self.part = model, part
-        self.context, code = context_shapes(model.cfg), code_shapes(model)
+        self.context = fix(context_shapes(model.cfg), static)
+        code = fix(code_shapes(model, self.context), static)
         given = code if part == "decoder" else self.context
-        self.query = {} if part == "encoder" else {
-            "query_" * (k in given) + k: shape for k, shape in query_shapes(model.cfg).items()}
+        self.query = {} if part == "encoder" else fix({
+            "query_" * (k in given) + k: v for k, v in query_shapes(model.cfg).items()}, static)
         self.inputs = given | self.query
-        self.outputs = code if part == "encoder" else value_shapes(model.signal)
+        self.outputs = code if part == "encoder" else fix(value_shapes(model.signal), static)
 
     def forward(self, *tensors):
         given = dict(zip(self.inputs, tensors))
@@ -202,8 +231,8 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     """The graph in ONNX, free of stack traces and paths. Errors: RunFailed if a wish isn't met."""
     free = tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)}
                  for shape in graph.inputs.values())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
+    logging.disable(logging.WARNING)  # of PyTorch's exporter and what it calls
+    with warnings.catch_warnings(action="ignore"), ReducedAngles():
         proto = torch.onnx.export(
             graph, tuple(graph.draw().values()), dynamo=True, dynamic_shapes=(free,),
             input_names=[IO + k for k in graph.inputs],
@@ -219,21 +248,11 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
         thing.ClearField("doc_string")
         thing.ClearField("metadata_props")
     body.ClearField("value_info")
-    return proto
-
-
-IO = "io."  # PyTorch calls values inside of a graph `mean` too, but none begins so
-
-
-def name_values(body: onnx.GraphProto, public: set[str]):
-    """Take the prefix off inputs and outputs; values inside that have their names get others."""
-    def name(old):
-        return old.removeprefix(IO) if old.startswith(IO) else old + ".inside" * (old in public)
-
-    for value in (*body.input, *body.output, *body.initializer):
-        value.name = name(value.name)
-    for node in body.node:
-        node.input[:], node.output[:] = map(name, node.input), map(name, node.output)
+    share_initializers(body)
+    if "batch" in words(graph.inputs):
+        require_one_batch(body, graph.inputs)
+    proto.ir_version = IR_VERSION[opset]
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
 def name_dimensions(values, shapes: dict[str, tuple]):
@@ -248,48 +267,32 @@ def name_dimensions(values, shapes: dict[str, tuple]):
                 d.dim_param = n
 
 
-def annotate(proto: onnx.ModelProto, graph: Graph, opset: int, sha256: str):
+def describe(cfg: ModelConfig, opset: int, sha256: str) -> dict:
+    """What a reader of the files has to know."""
+    return {
+        "task": cfg.task, "model": cfg.model, "near": cfg.near, "far": cfg.far, "opset": opset,
+        "config": asdict(cfg), "conventions": CONVENTIONS, "notes": notes(cfg),
+        "ir_version": IR_VERSION[opset], "checkpoint_sha256": sha256,
+        "versions": {m.__name__: m.__version__ for m in (torch, onnx, onnxscript)}}
+
+
+def annotate(proto: onnx.ModelProto, graph: Graph, about: dict):
     """Write into the file what its reader has to know."""
-    cfg = graph.model.cfg
     proto.producer_name, proto.producer_version, proto.graph.name = "tinyinr", "", graph.part
+    about = about | {"part": graph.part, "inputs": tensors(graph.inputs),
+                     "outputs": tensors(graph.outputs)}
     onnx.helper.set_model_props(proto, {
-        "part": graph.part, "task": cfg.task, "model": cfg.model, "config": json.dumps(asdict(cfg)),
-        "conventions": CONVENTIONS, "notes": json.dumps(notes(cfg)),
-        "inputs": meanings(graph.inputs), "outputs": meanings(graph.outputs), "opset": str(opset),
-        "versions": json.dumps({m.__name__: m.__version__ for m in (torch, onnx, onnxscript)}),
-        "checkpoint_sha256": sha256})
+        k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
 
 
 # ------------------------------------------------------------------------- half precision
 
 
 def round_weights(model: nn.Module):
-    """Round the matrices of the hypernetwork to half precision; the INR's own stay as they are."""
-    for name, module in model.named_modules():
-        hyper = name.startswith(("tokenizer.", "transformer.", "weight_heads."))
-        if hyper and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+    """Round the matrices to half precision, but none of the INR that a TransINR generates."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.weight.copy_(module.weight.half())
-
-
-def store_half(proto: onnx.ModelProto) -> int:
-    """Store every matrix that half precision holds exactly that way; returns the bytes saved.
-
-    A Cast gives it back, so that no number changes and all arithmetic is fp32, on any runtime.
-    """
-    casts, saved = [], 0
-    for tensor in proto.graph.initializer:
-        values, name = onnx.numpy_helper.to_array(tensor), tensor.name
-        if values.dtype != np.float32 or values.ndim < 2 or values.size < 1024:
-            continue
-        half = values.astype(np.float16)
-        if (half == values).all():
-            tensor.CopyFrom(onnx.numpy_helper.from_array(half, name + "_half"))
-            casts.append(onnx.helper.make_node("Cast", [name + "_half"], [name], to=1))  # fp32
-            saved += half.nbytes
-    nodes = [*casts, *proto.graph.node]
-    proto.graph.ClearField("node")
-    proto.graph.node.extend(nodes)
-    return saved
 
 
 def quality(model: nn.Module) -> float:
@@ -320,19 +323,20 @@ def engines(path: str) -> dict:
     return found
 
 
-def verify(graph: Graph, path: str):
+def verify(graph: Graph, path: str) -> float:
     """Compare a file with PyTorch on shapes and numbers that the export never saw.
 
-    Prints the largest errors over batches of 1, 2 and 3. Errors: RunFailed above TOLERANCE.
+    Prints the largest errors over batches of 1, 2 and 3, and returns the largest of them all.
+    Errors: RunFailed above TOLERANCE.
     """
     onnx.checker.check_model(path, full_check=True)
     runs, p, worst = engines(path), graph.model.cfg.patch, 0.0
-    free = {n for shape in graph.context.values() for n in shape}
+    free = words(graph.context)
     contexts = [{k: n for k, n in sizes.items() if k in free} for sizes in (
         {"points": 1, "views": 1, "height": 8 * p, "width": 8 * p},
         {"points": 6, "views": 2, "height": p, "width": 2 * p + 1},
         {"points": 60, "views": 3, "height": 4 * p, "width": 5 * p})]
-    queries = [{"queries": n} for n in (1, 3, 30)] if graph.query else [{}]
+    queries = [{"queries": n} for n in (1, 3, 30)] if "queries" in words(graph.query) else [{}]
     for context, query in product(contexts if any(contexts) else [{}], queries):
         sizes, errors = context | query, []
         for batch in (1, 2, 3):
@@ -346,6 +350,7 @@ def verify(graph: Graph, path: str):
     if not worst <= TOLERANCE:
         raise RunFailed(f"the {graph.part} is off PyTorch by {worst:.1e}, above {TOLERANCE:g}: "
                         "nothing was written")
+    return float(worst)
 
 
 def distance(outputs: list[np.ndarray], truth: tuple[Tensor, ...]) -> float:
@@ -370,50 +375,105 @@ class Command(click.Command):
 
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})
-@click.argument("ckpt", type=click.Path())
+@click.argument("ckpt", type=click.Path(), required=False)
+@click.option("--all", "folder", metavar="FOLDER", type=click.Path(exists=True, file_okay=False),
+              help="Export every checkpoint of a folder; -o is a folder, too.")
+@click.option("--serve", metavar="FOLDER", type=click.Path(exists=True, file_okay=False),
+              help="Serve a folder with pages at http://localhost:PORT.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("-o", "--out", metavar="STEM", type=click.Path(), help="[default: that of CKPT]")
 @click.option("--fused", is_flag=True, help="One STEM.onnx from context and query to values.")
-@click.option("--fp16", is_flag=True, help="Store the hypernetwork's weights in half precision.")
+@click.option("--fp16", is_flag=True, help="Store matrices in half precision; compute in fp32.")
 @click.option("--opset", default="20", show_default=True, help="18 or 20.")
+@click.option("--static", default="", metavar="NAME=SIZE,...", help="Dimensions to fix.")
+@click.option("--page", is_flag=True, help="Also write STEM.html, which runs them in a browser.")
+@click.option("--ort", metavar="FOLDER", type=click.Path(exists=True, file_okay=False),
+              help="--page: copy onnxruntime-web from its dist folder; default: jsdelivr's.")
 @torch.no_grad()
-def main(ckpt, out, fused, fp16, opset):
-    """Write STEM.encoder.onnx and STEM.decoder.onnx, once they are found to agree with PyTorch."""
+def main(ckpt, folder, serve, port, out, **options):
+    """Write STEM.encoder.onnx, STEM.decoder.onnx and STEM.json, once they agree with PyTorch."""
+    if sum(v is not None for v in (ckpt, folder, serve)) != 1:
+        raise ValueError("give one of CKPT, --all FOLDER and --serve FOLDER")
+    if serve:
+        pages.serve(serve, port)
+    elif folder:
+        export_all(Path(folder), out, options)
+    else:
+        stem = Path(out.removesuffix(".onnx") if out else Path(ckpt).with_suffix(""))
+        export_one(Path(ckpt), stem, **options)
+
+
+def export_all(folder: Path, out: str | None, options: dict):
+    """Export every checkpoint of a folder and print a table of sizes and errors."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth"))
+    if not paths or not out:
+        raise ValueError(f"--all {folder} -o {out}: give a folder with .pt or .pth, and -o FOLDER")
+    Path(out).mkdir(exist_ok=True)
+    rows = []
+    for path in paths:
+        files = export_one(path, Path(out, path.stem), **options)["files"]
+        rows += [f"{v['file']:34} {v['bytes'] / 1e6:6.2f} {v['error']:8.1e}"
+                 for v in files.values()]
+    click.echo("\n".join([f"\n{'file':34} {'MB':>6} {'error':>8}", *rows]))
+
+
+def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) -> dict:
+    """Export a checkpoint to files that begin with `stem`; returns what STEM.json holds."""
     tinyinr.check_choice("opset", opset, ("18", "20"))
-    stem = Path(out.removesuffix(".onnx") if out else Path(ckpt).with_suffix(""))
+    if page and (fused or "queries" in static):
+        raise ValueError("--page decodes pieces of any size: leave out --fused and static queries")
     model = tinyinr.load(ckpt).requires_grad_(False)
-    sha256, cfg = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest(), model.cfg
+    cfg, sidecar = model.cfg, stem.with_name(stem.name + ".json")
+    static = read_static(static, model)
     if not stem.parent.is_dir():
         raise ValueError(f"{stem.parent}: no such folder; create it or choose another --out")
-    click.echo(f"{cfg.model} on {cfg.task}, opset {opset}")
-    for line in notes(cfg):
-        click.echo(f"  {line}")
+    if sidecar.exists() and "checkpoint_sha256" not in sidecar.read_text():
+        raise ValueError(f"{sidecar}: is there and no export wrote it; choose another --out")
+    about = describe(cfg, int(opset), hashlib.sha256(ckpt.read_bytes()).hexdigest())
+    click.echo(f"{cfg.model} on {cfg.task}, opset {opset}\n  " + "\n  ".join(about["notes"]))
     if fp16:
         before, _, after = quality(model), round_weights(model), quality(model)
-        click.echo(f"  fp16: {'log-likelihood' if cfg.task == 'gp' else 'PSNR'} on bundled signals "
+        click.echo(f"  fp16: {'LL' if cfg.task == 'gp' else 'PSNR'} on bundled signals "
                    f"{after:.4f}, in fp32 {before:.4f}: lost {before - after:.4f}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=stem.parent) as folder:
+        files = {}
         for part in ("fused",) if fused else ("encoder", "decoder"):
             path = Path(folder, f"{stem.name}.onnx" if fused else f"{stem.name}.{part}.onnx")
-            write(Graph(model, part), path, int(opset), fp16, sha256)
+            files[part] = write(Graph(model, part, static), path, about, fp16)
+        tinyinr.write_json(Path(folder, sidecar.name), about | {"files": files})
+        if page:
+            example = tinyinr.open_data(cfg, None, "test", limit=1)
+            pages.write(Path(folder, f"{stem.name}.html"), cfg, example, ort)
         for path in sorted(Path(folder).iterdir()):
             size = path.stat().st_size / 1e6
             click.echo(f"wrote {path.replace(stem.parent / path.name)} ({size:.2f} MB)")
+    return about | {"files": files}
 
 
-def write(graph: Graph, path: Path, opset: int, fp16: bool, sha256: str):
-    """Lower a graph to a file and verify it."""
+def read_static(text: str, model: nn.Module) -> dict[str, int]:
+    """The text batch=1,queries=4096 as {"batch": 1, "queries": 4096}. Errors: ValueError."""
+    known = words(context_shapes(model.cfg) | query_shapes(model.cfg))
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    for name, _, size in pairs:
+        tinyinr.check_choice("dimension of --static", name, sorted(known))
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--static {name}={size} must be a whole number from 1 on")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def write(graph: Graph, path: Path, about: dict, fp16: bool) -> dict:
+    """Lower a graph to a file and verify it; returns the file's entry in STEM.json."""
     for shapes in (graph.inputs, graph.outputs):
         click.echo(f"{graph.part:>8}  {'->' if shapes is graph.outputs else '  '} " +
                    ", ".join(f"{k} ({', '.join(map(str, shape))})" for k, shape in shapes.items()))
-    proto = lower(graph, opset)
-    saved = store_half(proto) if fp16 and graph.part != "decoder" else 0
-    annotate(proto, graph, opset, sha256)
+    proto = lower(graph, about["opset"])
+    if fp16:
+        store_half(proto)
+    annotate(proto, graph, about)
     large = sum(len(t.raw_data) for t in proto.graph.initializer) > ONE_FILE
     onnx.save_model(proto, path, save_as_external_data=large, location=f"{path.name}.data")
-    if saved:
-        size = path.stat().st_size
-        click.echo(f"{graph.part:>8}  {size / 1e6:.2f} MB, in fp32 {(size + saved) / 1e6:.2f} MB")
-    verify(graph, str(path))
+    return {"file": path.name, "bytes": path.stat().st_size, "error": verify(graph, str(path)),
+            "inputs": tensors(graph.inputs), "outputs": tensors(graph.outputs)}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ python test_tinyinr.py --device cuda             # all, the commands on that dev
 python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
 """
 
+import base64
 import ctypes
+import functools
 import gc
 import hashlib
+import http.server
 import importlib
 import io
 import json
@@ -23,6 +26,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -31,6 +35,7 @@ from datetime import datetime
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -45,7 +50,7 @@ from PIL import Image, PngImagePlugin
 
 import export
 import tinyinr
-from data import bench, curves, images, lotka_volterra, scenes
+from data import bench, curves, images, lotka_volterra, page, scenes
 from tinyinr import build
 
 ModelConfig, TrainConfig = tinyinr.ModelConfig, tinyinr.TrainConfig
@@ -1829,6 +1834,8 @@ EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both
                      ["--fused"]),
     "image-transinr-again": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
     "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
+    "gp-vnp-half": (dict(task="gp", model="vnp", dim=64), ["--fp16"]),
+    "nvs-vnp-static": (dict(task="nvs", model="vnp"), ["--static", "batch=1,queries=8,views=2"]),
 }
 SPLIT = [
     "image-transinr",
@@ -2089,6 +2096,14 @@ def test_files_are_single_of_the_asked_opset_and_hold_no_traces(exported, name):
         proto = onnx.load_from_string(data)
         onnx.checker.check_model(proto, full_check=True)
         assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+        assert proto.ir_version == {18: 8, 20: 9}[opset]  # or older runtimes refuse the file
+        body = proto.graph
+        equal = [(t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes())
+                 for t in body.initializer]
+        assert len(set(equal)) == len(equal)  # each is stored once
+        typed = {v.name for v in body.value_info} | {v.name for v in body.output}
+        assert {name for node in body.node if node.op_type != "Cast" for name in node.output
+                if name} <= typed
         for trace in (b"site-packages", b".py", b"/tmp", str(ROOT).encode(), b"stack_trace"):
             assert trace not in data, trace
 
@@ -2113,6 +2128,99 @@ def test_the_same_checkpoint_gives_the_same_bytes(exported):
     for part in ("encoder", "decoder"):
         first, again = (folder / f"image-transinr{n}.{part}.onnx" for n in ("", "-again"))
         assert first.read_bytes() == again.read_bytes()
+
+
+def test_the_sidecar_says_the_same_as_the_metadata(exported):
+    folder, _ = exported
+    sidecar = json.loads((folder / "gp-vnp.json").read_text())
+    for part, entry in sidecar.pop("files").items():
+        path = folder / f"gp-vnp.{part}.onnx"
+        meta = session(path).get_modelmeta().custom_metadata_map
+        assert meta.pop("part") == part and entry["error"] <= 1e-5
+        assert (entry["file"], entry["bytes"]) == (path.name, path.stat().st_size)
+        for kind in ("inputs", "outputs"):
+            assert entry[kind] == json.loads(meta.pop(kind))
+        got = {k: v if isinstance(sidecar[k], str) else json.loads(v) for k, v in meta.items()}
+        assert got == sidecar
+    cfg = exported_model(folder, "gp-vnp").cfg
+    assert (sidecar["near"], sidecar["far"]) == (cfg.near, cfg.far)
+    graph = session(folder / "gp-vnp.encoder.onnx")
+    assert {i.name: i.shape for i in graph.get_inputs()} == {
+        "x": ["batch", "points", 1], "y": ["batch", "points", 1], "mask": ["batch", "points"]}
+
+
+@pytest.mark.parametrize("name, query", [("image-transinr", "coords"), ("gp-vnp", "x")])
+def test_angles_of_sines_and_cosines_are_reduced(exported, name, query):
+    """To [-pi, pi], where every GPU knows them: seen at extra outputs of the decoder."""
+    folder, _ = exported
+    proto = onnx.load(folder / f"{name}.decoder.onnx")
+    angles = {n.input[0] for n in proto.graph.node if n.op_type in ("Sin", "Cos")}
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(k, 1, None) for k in angles)
+    context, queries = problem(exported_model(folder, name).cfg, 2, 50)
+    queries[query][0, 0] = -2.0  # further out than any pixel
+    eps = noise(exported_model(folder, name).cfg, 2)
+    feed = run_onnx(folder / f"{name}.encoder.onnx", context) | queries | {"eps": eps}
+    graph = ort.InferenceSession(proto.SerializeToString())
+    found = graph.run(list(angles), {i.name: feed[i.name].numpy() for i in graph.get_inputs()})
+    assert all(3 < np.abs(v).max() < 3.1417 for v in found) and angles
+
+
+def test_inputs_of_different_batches_are_refused_by_name(exported):
+    folder, _ = exported
+    context, query = problem(exported_model(folder, "nvs-transinr").cfg, 2, 5)
+    code = run_onnx(folder / "nvs-transinr.encoder.onnx", context)
+    for feed in ({k: v[:1] for k, v in code.items()} | query, code | {k: v[:1] for k, v in
+                                                                      query.items()}):
+        with pytest.raises(Exception, match="the batch of rays_[od] must be that of wb0"):
+            run_onnx(folder / "nvs-transinr.decoder.onnx", feed)
+
+
+def test_static_dimensions_are_numbers_throughout(exported):
+    folder, _ = exported
+    model = exported_model(folder, "nvs-vnp-static")
+    for part in ("encoder", "decoder"):
+        graph = onnx.load(folder / f"nvs-vnp-static.{part}.onnx").graph
+        for name, shape in shapes([*graph.input, *graph.value_info, *graph.output]).items():
+            assert all(type(n) is int for n in shape), (name, shape)
+    context, query = problem(model.cfg, 1, 8)
+    code = run_onnx(folder / "nvs-vnp-static.encoder.onnx", context)
+    eps = noise(model.cfg, 1)
+    mean = run_onnx(folder / "nvs-vnp-static.decoder.onnx", code | query | {"eps": eps})["mean"]
+    near(mean, model.decode(model.encode(context), query, eps=eps).mean)
+
+
+def test_half_precision_is_stored_for_the_decoder_of_a_neural_process_too(exported):
+    folder, _ = exported
+    model, path = exported_model(folder, "gp-vnp-half"), folder / "gp-vnp-half.decoder.onnx"
+    decoder = onnx.load(path).graph
+    stored = sum(len(i.raw_data) for i in decoder.initializer)
+    kept = {n for n, _ in model.named_parameters()
+            if n.startswith(("embed", "cross", "enhance", "blocks", "head", "grid"))}
+    full = sum(4 * model.get_parameter(n).numel() for n in kept if ".post_" not in n)
+    assert stored < 0.8 * full
+    context, query = problem(model.cfg, 2, 50)
+    eps = noise(model.cfg, 2)
+    code = run_onnx(folder / "gp-vnp-half.encoder.onnx", context)
+    mean = run_onnx(path, code | query | {"eps": eps})["mean"]
+    error = (mean - model.decode(model.encode(context), query, eps=eps).mean).abs().max()
+    assert 0 < error < 5e-3
+
+
+def test_a_folder_of_checkpoints_becomes_a_folder_of_exports_and_a_table(tmp_path, exported):
+    source, out = tmp_path / "models", tmp_path / "out"
+    source.mkdir()
+    (source / "a.pt").write_bytes((exported[0] / "gp-transinr.pt").read_bytes())
+    output = run_export("--all", source, "-o", out)
+    assert {p.name for p in out.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx", "a.json"}
+    table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$", output, re.M)
+    assert [row[0] for row in table] == ["encoder", "decoder"]
+    for part, size, error in table:
+        assert float(size) == pytest.approx((out / f"a.{part}.onnx").stat().st_size / 1e6, abs=0.01)
+        assert 0 < float(error) < 1e-5
+    (source / "a.json").write_text('{"psnr": 20}')  # scores beside a checkpoint stay
+    output = run_export(source / "a.pt", code=2)
+    assert "a.json: is there and no export wrote it" in output
+    assert (source / "a.json").read_text() == '{"psnr": 20}'
 
 
 def test_half_precision_is_for_the_hypernetwork_alone(exported):
@@ -2170,7 +2278,8 @@ def test_without_onnxruntime_the_reference_evaluator_verifies(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     output = run_export(source, "-o", tmp_path / "a.onnx", "--opset", "18")
     assert "reference" in output and "optimised" not in output
-    assert {p.name for p in tmp_path.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "a.encoder.onnx", "a.decoder.onnx", "a.json"}
 
 
 def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch, exported):
@@ -2181,6 +2290,7 @@ def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch, exported):
         "a.encoder.onnx",
         "a.encoder.onnx.data",
         "a.decoder.onnx",
+        "a.json",
     }
     context, _ = problem(tinyinr.load(source).cfg, 2, 3)
     one = run_onnx(exported[0] / "image-transinr.encoder.onnx", context)
@@ -2230,6 +2340,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, dat
         (["--opset", "17"], "opset='17' is unknown; choose from 18, 20"),
         (["-o", "absent/a"], "absent: no such folder"),
         (["-o", "file/a"], "file: no such folder"),
+        (["--static", "rays=8"], "dimension of --static='rays' is unknown; choose from batch, "),
+        (["--static", "batch=0"], "--static batch=0 must be a whole number from 1 on"),
+        (["--all", "."], "give one of CKPT, --all FOLDER and --serve FOLDER"),
+        (["--page", "--fused"], "--page decodes pieces of any size: leave out --fused"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(tmp_path, monkeypatch, options, reason):
@@ -2338,6 +2452,205 @@ def test_page_draws_the_band_of_a_neural_process(tmp_path, exported):
     )
 
 
+# ------------------------------------------------------------------------- the page in a browser
+
+
+class Browser:
+    """Headless Chromium, driven by its remote debugging protocol over two pipes."""
+
+    def __init__(self, program, folder):
+        (self.answers, out), (into, self.commands) = os.pipe(), os.pipe()
+        command = [program, "--headless=new", "--no-sandbox", "--disable-gpu",
+                   "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{into} 4>&{out}', *command], pass_fds=(into, out),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(into), os.close(out)
+        self.count, self.rest, self.where = 0, b"", {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        attached = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.where = {"sessionId": attached["sessionId"]}
+
+    def __call__(self, method, **params) -> dict:
+        """Send a command and wait for its result."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | self.where
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                got = os.read(self.answers, 1 << 20)
+                assert got, "the browser has ended"
+                self.rest += got
+            text, _, self.rest = self.rest.partition(b"\0")
+            if (answer := json.loads(text)).get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def js(self, code):
+        answer = self("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def settle(self, change=None, seconds=120) -> str:
+        """Make a change to the page and wait for what comes of it: its line of status."""
+        if change:
+            self.js(f"delete document.body.dataset.state, {change}, 0")
+        end = time.monotonic() + seconds
+        while not self.js("/done|failed/.test(document.body?.dataset.state)"):
+            assert time.monotonic() < end, self.js("document.body.innerText")
+            time.sleep(0.05)
+        return self.js("document.getElementById('status').textContent")
+
+    def open(self, url, width=1000, height=800):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 500)
+        self("Page.navigate", url=url)
+        return self.settle()
+
+    def canvas(self) -> np.ndarray:
+        """The picture (H, W, 3) uint8."""
+        pixels = self.js("(() => { const c = document.getElementById('view'); const d = "
+                         "c.getContext('2d').getImageData(0, 0, c.width, c.height); return "
+                         "[d.height, d.width, btoa(Array.from(d.data, "
+                         "v => String.fromCharCode(v)).join(''))]; })()")
+        data = np.frombuffer(base64.b64decode(pixels[2]), np.uint8)
+        return data.reshape(*pixels[:2], 4)[..., :3]
+
+
+ORT_WEB = f"onnxruntime-web@{page.VERSION}"
+
+
+@pytest.fixture(scope="session")
+def ort_web(tmp_path_factory):
+    """The dist folder of onnxruntime-web: that of ORT_WEB, or installed by npm."""
+    if "ORT_WEB" in os.environ:
+        return Path(os.environ["ORT_WEB"])
+    if not shutil.which("npm"):
+        pytest.skip("no npm to install onnxruntime-web with; ORT_WEB may name its dist folder")
+    folder = tmp_path_factory.mktemp("npm")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(folder), ORT_WEB]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm install {ORT_WEB} did not end")
+    if done.returncode:
+        pytest.skip(f"npm install {ORT_WEB}: {done.stderr[-200:]}")
+    return folder / "node_modules" / "onnxruntime-web" / "dist"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not program:
+        pytest.skip("no browser: install Debian's chromium, or name one in CHROMIUM")
+    made = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield made
+    made.process.terminate()
+    made.process.wait()
+
+
+@pytest.fixture(scope="session")
+def served(ort_web, exported):
+    """Address of a server of pages for the exports of image, nvs and gp models."""
+    folder, _ = exported
+    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp"):
+        cfg = exported_model(folder, name).cfg
+        n, size = cfg.n_views, cfg.image_size
+        data = SimpleNamespace(
+            pixels=(rand(1, 3, size, size) * 255).byte(),
+            images=(rand(n, 3, size, size) * 255).byte(),
+            poses=poses(n), focals=torch.full((n, 2), 1.2 * size))
+        page.write(folder / f"{name}.html", cfg, data, ort_web)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def drop(path) -> str:
+    """JavaScript that drops a file on the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return ("(() => { const items = new DataTransfer(); items.items.add(new File([Uint8Array.from("
+            f"atob('{data}'), c => c.charCodeAt(0))], 'photo.png')); document.dispatchEvent("
+            "new DragEvent('drop', {dataTransfer: items, cancelable: true})); })()")
+
+
+def choose(n) -> str:
+    return f"[document.getElementById('size')].map(e => (e.value = {n}, e.onchange()))"
+
+
+@pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
+def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, served, browser, name):
+    model = exported_model(exported[0], name)
+    pixels = (rand(80, 60, 3, seed=3).numpy() * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(photo := tmp_path / "photo.png")
+    assert "decoded in" in browser.open(f"{served}/{name}.html")
+    for size in (64, 256, 512):
+        browser.settle(choose(size))
+        browser.settle(drop(photo))
+        truth, drawn = tinyinr.render_image(model, photo, size), browser.canvas()
+        assert drawn.shape == truth.shape and truth.std() > 3
+        assert np.abs(np.int64(drawn) - truth).max() <= 1
+    browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times
+    code = model.encode(tinyinr.read_context(model, photo)[0])
+    rows, cols = (((torch.arange(n) + 0.5) * 2 / n - 1) / 8 for n in truth.shape[:2])
+    coords = torch.cartesian_prod(rows, cols)[None]
+    mean = tinyinr.predict(model, code, {"coords": coords}).mean[0].view(truth.shape)
+    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
+    assert browser.open(f"{served}/{name}.html", 390, 844)
+    assert browser.js("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_page_draws_the_view_that_a_scene_was_seen_from(exported, served, browser):
+    model = exported_model(exported[0], "nvs-transinr")
+    browser.open(f"{served}/nvs-transinr.html")
+    browser.settle(choose(64))
+    size = model.cfg.image_size
+    images = (rand(1, 3, size, size) * 255).byte() / 255
+    focals = torch.full((1, 2), 1.2 * size)
+    code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
+    rays_o, rays_d = tinyinr.camera_rays(poses(1)[0], focals[0] * 64 / size, 64, 64)
+    query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
+    mean = tinyinr.predict(model, code, query).mean.view(64, 64, 3)
+    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
+
+
+def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, browser):
+    model = exported_model(exported[0], "gp-vnp")
+    browser.open(f"{served}/gp-vnp.html")
+    before = browser.js("[...document.getElementById('view').values.mean]")
+    browser.js("document.getElementById('view').scrollIntoView()")
+    box = browser.js("(b => [b.left, b.top, b.width, b.height])"
+                     "(document.getElementById('view').getBoundingClientRect())")
+    at = {"x": box[0] + 0.75 * box[2], "y": box[1] + 0.25 * box[3], "button": "left"}
+    browser.js("delete document.body.dataset.state")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser("Input.dispatchMouseEvent", type=kind, clickCount=1, **at)
+    browser.settle("document.getElementById('draws').click()")
+    values = browser.js("document.getElementById('view').values")
+    x = torch.tensor([-1.5, -0.6, 0.7, 1.0])[None, :, None]
+    y = torch.tensor([0.5, -0.4, 0.9, 1.0])[None, :, None]
+    code = model.encode({"x": x, "y": y})
+    eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
+    query = {"x": torch.linspace(-2, 2, 256)[None, :, None]}
+    draws = [model.decode(code, query, eps=e) for e in eps]
+    mean, std = (torch.stack([d[i].flatten() for d in draws]) for i in range(2))
+    both = 1.96 * (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
+    assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
+    close(torch.tensor(values["mean"]), mean.mean(0), 1e-3)
+    close(torch.tensor(values["band"]), both, 1e-3)
+    assert np.abs(np.array(before) - values["mean"]).max() > 1e-3
+
+
+def test_the_page_says_what_is_missing(tmp_path, exported, served, browser):
+    file = exported[0] / "image-vnp.html"
+    assert "run python export.py --serve" in browser.open(f"file://{file}")
+    (exported[0] / "lost.html").write_text(file.read_text().replace("image-vnp", "lost"))
+    assert "lost.json: 404" in browser.open(f"{served}/lost.html")
+    spoiled = re.sub(r"sha384-....", "sha384-AAAA", file.read_text())
+    (exported[0] / "spoiled.html").write_text(spoiled)
+    assert "fetch" in browser.open(f"{served}/spoiled.html")  # a hash that is not the runtime's
 # ------------------------------------------------------------------------- readers and drawers
 
 

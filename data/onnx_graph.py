@@ -1,0 +1,98 @@
+"""Rewriting graphs for ONNX: angles, names, equal tensors, a check of the batch, half precision.
+
+Nothing here knows of models. The functions change the graph that they are given.
+"""
+
+import math
+
+import numpy as np
+import onnx
+import torch
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array, to_array
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class ReducedAngles(TorchFunctionMode):
+    """Takes whole turns off every angle before its sine and cosine, so that it is in [-pi, pi].
+
+    Several GPUs know them inside of this range only and are off by 2e-4 at angles of 100. The
+    first of the two parts of 2 pi has 8 bits: the product with up to 2^16 turns is exact.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.sin, torch.cos, Tensor.sin, Tensor.cos):
+            angle = args[0]
+            turns = (angle * (0.5 / math.pi) + 0.5).floor()
+            args = (angle - turns * 6.28125 - turns * (2 * math.pi - 6.28125),)
+        return function(*args, **(kwargs or {}))
+
+
+IO = "io."  # PyTorch calls values inside of a graph `mean` too, but none begins so
+
+
+def name_values(body: onnx.GraphProto, public: set[str]):
+    """Take the prefix off inputs and outputs; values inside that have their names get others."""
+    def name(old):
+        return old.removeprefix(IO) if old.startswith(IO) else old + ".inside" * (old in public)
+
+    for value in (*body.input, *body.output, *body.initializer):
+        value.name = name(value.name)
+    for node in body.node:
+        node.input[:], node.output[:] = map(name, node.input), map(name, node.output)
+
+
+def replace(things, new: list):
+    """Put other things into a repeated field of a protobuf."""
+    new = list(new)
+    del things[:]
+    things.extend(new)
+
+
+def share_initializers(body: onnx.GraphProto):
+    """Store tensors that are equal byte for byte once."""
+    first, name = {}, {}
+    for tensor in body.initializer:
+        key = tensor.data_type, tuple(tensor.dims), to_array(tensor).tobytes()
+        name[tensor.name] = first.setdefault(key, tensor.name)
+    outputs = {v.name for v in body.output}
+    replace(body.initializer, [t for t in body.initializer
+                               if name[t.name] == t.name or t.name in outputs])
+    for node in body.node:
+        node.input[:] = [name.get(k, k) for k in node.input]
+
+
+def require_one_batch(body: onnx.GraphProto, inputs: dict[str, tuple]):
+    """Have a call fail, in a Reshape named after the reason, where inputs differ in batch."""
+    first, *rest = inputs
+    nodes, checked = [make_node("Shape", [first], ["batch.size"], start=0, end=1)], {}
+    for name in rest:
+        i, shape, checked[name] = inputs[name].index("batch"), f"{name}.shape", f"{name}.checked"
+        spans = [(f"{name}.before", 0, i), (f"{name}.after", i + 1, len(inputs[name]))]
+        spans = [span for span in spans if span[1] < span[2]]  # tract takes no empty shapes
+        nodes += [make_node("Shape", [name], [k], start=a, end=b) for k, a, b in spans]
+        parts = [k for k, a, _ in spans if not a] + ["batch.size"] + [k for k, a, _ in spans if a]
+        nodes += [make_node("Concat", parts, [shape], axis=0),
+                  make_node("Reshape", [name, shape], [checked[name]], allowzero=1,
+                            name=f"the batch of {name} must be that of {first}")]
+    for node in body.node:
+        node.input[:] = [checked.get(k, k) for k in node.input]
+    replace(body.node, [*nodes, *body.node])
+
+
+def store_half(proto: onnx.ModelProto):
+    """Store every matrix that half precision holds exactly that way.
+
+    A Cast gives it back, so that no number changes and all arithmetic is fp32, on any runtime.
+    """
+    casts = []
+    for tensor in proto.graph.initializer:
+        values, name = to_array(tensor), tensor.name
+        if values.dtype != np.float32 or values.ndim < 2 or values.size < 1024:
+            continue
+        half = values.astype(np.float16)
+        if (half == values).all():
+            tensor.CopyFrom(from_array(half, name + "_half"))
+            casts.append(make_node("Cast", [name + "_half"], [name], to=1))  # fp32
+    replace(proto.graph.node, [*casts, *proto.graph.node])

@@ -1,0 +1,76 @@
+"""The page that runs exported files in a browser: page.html, filled in, and a server for it.
+
+It loads onnxruntime-web of one version, checked by its hashes, from jsdelivr or from a local copy.
+"""
+
+import base64
+import hashlib
+import http.server
+import io
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import click
+from PIL import Image
+
+VERSION = "1.30.0"
+HASHES = {  # of the files in the dist folder of the npm package
+    "ort.wasm.bundle.min.mjs":
+        "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
+    "ort-wasm-simd-threaded.wasm":
+        "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+}
+CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
+
+
+def integrity(path: Path) -> str:
+    """The hash of a file as browsers check it."""
+    return "sha384-" + base64.b64encode(hashlib.sha384(path.read_bytes()).digest()).decode()
+
+
+def write(path: Path, cfg, data, ort: str | None):
+    """Write STEM.html beside STEM.json; with `ort`, a dist folder, copy onnxruntime-web there too.
+
+    data: signals of the model's task, the first of which the page shows, or None. Errors: OSError.
+    """
+    hashes = dict(HASHES)
+    for name in hashes if ort else ():
+        hashes[name] = integrity(Path(shutil.copyfile(Path(ort, name), path.with_name(name))))
+    setup = {"stem": path.stem, "ort": {(CDN if not ort else "") + k: v for k, v in hashes.items()},
+             "example": example(cfg, data)}
+    here = Path(__file__).parent
+    page, script, worker = ((here / name).read_text(encoding="utf-8")
+                            for name in ("page.html", "page.js", "page_worker.js"))
+    page = page.replace("WORKER_SCRIPT", worker).replace("PAGE_SCRIPT", script)
+    text = json.dumps(setup).replace("<", "\\u003c")
+    path.write_text(page.replace("SETUP_OF_THE_EXPORT", text), encoding="utf-8")
+
+
+def example(cfg, data) -> dict | None:
+    """The first signal of a set: images as data URIs, and the cameras of a scene's views."""
+    if cfg.task == "image":
+        return {"images": [data_uri(data.pixels[0])]}
+    if cfg.task == "nvs":
+        cameras = {k: getattr(data, k)[: cfg.n_views].tolist() for k in ("poses", "focals")}
+        return {"images": [data_uri(v) for v in data.images[: cfg.n_views]]} | cameras
+    return None
+
+
+def data_uri(pixels) -> str:
+    """An image (3, H, W) uint8 as a PNG within a URI."""
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(png := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def serve(folder: str, port: int):
+    """Serve a folder to this machine alone, until Ctrl-C. Errors: OSError for a taken port."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        for page in sorted(Path(folder).glob("*.html")):
+            click.echo(f"http://localhost:{server.server_port}/{page.name}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("stopped")
