@@ -46,7 +46,7 @@ def test_gp_test_sets_stay_the_same_draws(kernel, n, m, x0, y1):
 
 
 @pytest.mark.parametrize("kernel", curves.KERNELS)
-def test_posterior_and_joint_likelihood_equal_conditioning_of_the_joint_normal(kernel):
+def test_posterior_equals_conditioning_of_the_joint_normal(kernel):
     x, y, hyper = curves.draw_curves(kernel, 3, 12, seeded())
     k = curves.covariance(kernel, x, x, *hyper) + 0.02**2 * torch.eye(12, dtype=torch.float64)
     gain = k[:, 7:, :7] @ torch.linalg.inv(k[:, :7, :7])
@@ -55,9 +55,6 @@ def test_posterior_and_joint_likelihood_equal_conditioning_of_the_joint_normal(k
     mean, std = curves.gp_posterior(kernel, *seen, x[:, 7:], hyper)
     torch.testing.assert_close(mean, gain @ y[:, :7], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std[..., 0] ** 2, cov.diagonal(0, 1, 2), rtol=1e-5, atol=1e-8)
-    exact = torch.distributions.MultivariateNormal((gain @ y[:, :7])[..., 0], (cov + cov.mT) / 2)
-    joint = curves.joint_log_likelihood(kernel, *seen, x[:, 7:], y[:, 7:], hyper)
-    torch.testing.assert_close(joint, exact.log_prob(y[:, 7:, 0]) / 5, rtol=1e-5, atol=1e-5)
 
 
 def test_fitted_gp_has_the_highest_evidence_of_a_grid():
@@ -121,9 +118,7 @@ def test_tables_of_any_layout_are_read(tmp_path, encoding, text, columns, names,
     table = curves.read_table(tmp_path / "t.csv", columns)
     assert (table.x_name, *table.y_names) == tuple(names)
     assert (table.x[:, 0].tolist(), table.y.tolist()) == (x, y)
-    assert table.dates == ("2020-0" in text)
-    if table.dates:
-        assert table.origin == datetime(2020, 1, 1)
+    assert table.origin == (datetime(2020, 1, 1) if "2020-0" in text else None)
     assert "2020-0" in text or columns == "all" or table.mask.all()
 
 
@@ -196,8 +191,7 @@ def test_curve_set_splits_a_wide_file_by_column_and_a_long_series_by_time(tmp_pa
     assert [(x.min().item(), x.max().item()) for x in spans] == [(0, 159), (160, 179), (180, 199)]
     short = curves.CurveSet(tmp_path / "l.csv", "test")
     assert short.points == 20 and next(short.windows())[3] == 10
-    for error, call in (("longest curve has 20", lambda: short.draw(1, 21, seeded())),
-                        ("'dev' is unknown", lambda: curves.CurveSet(tmp_path / "l.csv", "dev")),
+    for error, call in (("'dev' is unknown", lambda: curves.CurveSet(tmp_path / "l.csv", "dev")),
                         ("no series in it", lambda: curves.CurveSet(ROOT / ".ci"))):
         with pytest.raises(ValueError, match=error):
             call()
