@@ -108,7 +108,7 @@ def simulate_command(out_folder, count, seed):
 @main.command("score")
 @click.argument("ckpt", type=click.Path())
 @click.argument("tables", nargs=-1, required=True, type=click.Path())
-@click.option("--count", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--count", type=click.IntRange(min=1), default=256, show_default=True)
 def score_command(ckpt, tables, count):
     """Score a checkpoint on the three tasks: log-likelihood of a target, mean over the tables."""
     import tinyinr
