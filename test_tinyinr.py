@@ -3152,7 +3152,7 @@ def test_columns_gaps_and_dates_of_tables():
 def test_series_are_split_by_file_by_column_or_by_time(tmp_path, monkeypatch):
     monkeypatch.setattr(lotka_volterra, "STEPS", 20)
     folder, wide, long = tmp_path / "lv", tmp_path / "w.csv", tmp_path / "l.csv"
-    CliRunner().invoke(lotka_volterra.main, [str(folder), "--count", "20"])
+    CliRunner().invoke(lotka_volterra.main, ["simulate", str(folder), "--count", "20"])
     assert curves.read_table(folder / "0000.csv").x[:, 0].tolist() == list(range(1845, 1936))
     table = curves.CurveSet(shutil.make_archive(folder, "zip", folder), "all", "year,lynx", 30)
     assert len(table) == 20 and sum(len(x) for x, *_ in table.windows(repeats=1)) == 60
@@ -3164,8 +3164,6 @@ def test_series_are_split_by_file_by_column_or_by_time(tmp_path, monkeypatch):
     long.write_text("\n".join(f"{i},{i * i}" for i in reversed(range(200))))
     spans = [curves.CurveSet(long, s).x for s in SPLITS]
     assert [(x.min().item(), x.max().item()) for x in spans] == [(0, 159), (160, 179), (180, 199)]
-    with pytest.raises(ValueError, match="longest curve has 20"):
-        curves.CurveSet(long, "test").draw(1, 21, tinyinr.generator(0))
 
 
 def test_drawn_windows_are_standardised_neighbouring_points_in_random_order():
@@ -3181,6 +3179,70 @@ def test_drawn_windows_are_standardised_neighbouring_points_in_random_order():
     _, y, units = curves.standardise(windows[..., None], windows[..., None], mask[..., None])
     close((y * units[3] + units[2])[mask], windows[mask][:, None])
     close(y[0, mask[0]].std(correction=0).item(), 0.5)
+
+
+def test_a_file_of_two_columns_is_one_curve_with_a_mask_in_its_gaps(tmp_path):
+    x = torch.arange(40.0).double()
+    y = torch.stack((x.sin(), 5 + x.cos()), -1)
+    cell = lambda i, j: "" if (i + j) % 3 == 0 else f"{y[i, j]:.9f}"
+    (tmp_path / "a.csv").write_text(
+        "t,a,b\n" + "".join(f"{i},{cell(i, 0)},{cell(i, 1)}\n" for i in range(40)))
+    data = curves.CurveSet(tmp_path, "all", n_values=2)
+    xs, ys, mask = data.draw(30, 25, tinyinr.generator(0))
+    assert (len(data), xs.shape, ys.shape, mask.shape) == (1, (30, 25, 1), *2 * ((30, 25, 2),))
+    t = ((xs[..., 0] + 2) * 39 / 4).round().long()  # the row that was drawn
+    assert torch.equal(mask, (t.unsqueeze(-1) + torch.arange(2)) % 3 != 0)
+    seen = (torch.arange(40)[:, None] + torch.arange(2)) % 3 != 0
+    for j in range(2):
+        mean, std = y[seen[:, j], j].mean(), y[seen[:, j], j].std(correction=0)
+        want = ((y[t, j] - mean) / std / 2)[mask[..., j]]
+        close(ys[..., j][mask[..., j]], want)
+    in_time = (t.diff(dim=1) > 0).all(1)
+    assert 5 < in_time.sum() < 25  # about half come in the order of time
+    window, n = next(data.windows())[:3], next(data.windows())[3]
+    assert window[1].shape == window[2].shape == (1, 40, 2) and n == 20
+    with pytest.raises(ValueError, match="a.csv: 2 columns .* no multiple of n_values=3"):
+        curves.CurveSet(tmp_path, "all", n_values=3)
+
+
+@pytest.mark.parametrize("n_values", [1, 2])
+def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
+    for name, n in (("short", 9), ("long", 60)):
+        (tmp_path / f"{name}.csv").write_text("".join(f"{i},{i % 7},{i % 5}\n" for i in range(n)))
+    x, _, mask = curves.CurveSet(tmp_path, "all", n_values=n_values).draw(200, 30, tinyinr.generator(0))
+    counts = mask[..., 0].sum(1)
+    assert set(counts.tolist()) == {9, 30}
+    for points, there in zip(x[..., 0], mask[..., 0]):
+        assert len(points[there].unique()) == there.sum()
+    parts = mask[counts == 9][:, :15, 0].sum(1).double()
+    assert parts.mean().item() == pytest.approx(4.5, abs=0.5) and parts.std() > 0.5
+
+
+def test_tasks_hide_what_they_say_and_the_score_is_a_log_density_in_units_of_the_table():
+    table = curves.read_table(ROOT / "data" / "hares.csv", "all")
+    assert table.x[:, 0].tolist() == list(range(1845, 1936)) and table.mask.all()
+    masks = {task: lotka_volterra.hidden(task, table.x, 300, tinyinr.generator(0))
+             for task in lotka_volterra.TASKS}
+    counts = masks["interpolation"].sum(1)  # (300, 2)
+    assert counts.min() == 1 and counts.max() == 20 and (counts[:, 0] != counts[:, 1]).any()
+    for task in ("forecasting", "reconstruction"):
+        starts = 91 - masks[task].sum(1).amax(1)
+        assert 25 <= starts.min() < 30 and 70 < starts.max() <= 75
+        assert (masks[task].diff(dim=1) == masks[task][:, 1:] & ~masks[task][:, :-1]).all()
+    assert torch.equal(masks["forecasting"][..., 0], masks["forecasting"][..., 1])
+    assert (masks["reconstruction"].any(1).sum(1) == 1).all()
+    flat = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), encode=lambda context: {},
+                           decode=lambda code, query: tinyinr.Prediction(
+                               z := query["x"].expand(-1, -1, 2) * 0, z + 0.5))
+    scores = lotka_volterra.task_scores(flat, table, "forecasting", 16)
+    want = []
+    for hidden in lotka_volterra.hidden("forecasting", table.x, 16,
+                                        torch.Generator().manual_seed(0)):
+        old, new = (table.y[rows].numpy() for rows in (~hidden[:, 0], hidden[:, 0]))
+        m, s = old.mean(0), old.std(0)
+        want.append((-((new - m) / s) ** 2 / 2 - np.log(s) - math.log(2 * math.pi) / 2).mean())
+    assert scores["ll"] == pytest.approx(np.mean(want), abs=1e-4)
+    assert scores["constant_ll"] == pytest.approx(scores["ll"], abs=1e-4)
 
 
 HOSTILE = {"learnit": "transforms.json", "zero123": "002.npy", "srn": "pose/000001.txt",

@@ -166,6 +166,7 @@ class ModelConfig(Checked):
 
 
 SET_POINTS, SET_RANGE, SET_STRIDE = 192, 2.4, 4  # a curve's set convolution and tokens
+WINDOW = SET_POINTS // 2  # points of a window of a curve of several values
 
 
 @dataclass
@@ -901,6 +902,7 @@ class VNP(nn.Module):
         the targets. The points of both go through the blocks together, with the latents so far.
         """
         tokens, weight, sets = code["tokens"], None, []  # sets: (points, z_vals) of each
+        seen = query["mask"].amax(-1, keepdim=True) if "mask" in query else None  # (B, M, 1)
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
         if pool:
             weight = pool.pop("weight").unsqueeze(-1)  # (B, N, 1)
@@ -916,7 +918,7 @@ class VNP(nn.Module):
                       raw, points_and_z_vals in zip(block.value(f).split(sizes, 1), sets)]
             latent = prior = block.distribution(values[0], weight=weight)
             if target is not None:
-                latent = block.distribution(values[-1], target)
+                latent = block.distribution(values[-1], target, seen)
                 kl = kl + kl_divergence(latent, prior)
             zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
             f = block(f, e, zs[-1])
@@ -1166,11 +1168,14 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
         prediction, kl = model.posterior_predict(code, query, target, eps)
     else:
         prediction = model.decode(code, query)
-    mse = (prediction.mean.float() - target).square().mean()
-    loss = mse if prediction.std is None else -log_likelihood(prediction, target).mean()
+    mask = query.get("mask")  # (B, M, C): which targets are known; None: all
+    count = target.numel() if mask is None else mask.sum().clamp(min=1)
+    mean = lambda v: v.mean() if mask is None else (v * mask).sum() / count
+    mse = mean((prediction.mean.float() - target).square())
+    loss = mse if prediction.std is None else -mean(log_likelihood(prediction, target))
     if kl is not None:
         loss = loss + kl_weight * kl.mean() / (
-            1 if prediction.std is None else target[0].numel())
+            1 if prediction.std is None else count / len(target))
     return loss, mse
 
 
@@ -1570,23 +1575,32 @@ def augment_scenes(images, poses, gens):
 def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", start=0):
     """Endless training batches (context, query, target) of curves from step `start` on.
 
-    draw(batch, points, generator) -> x (B, N, 1), y (B, N, D) of random curves. Every curve has 3
-    to 46 context points of its own, as a mask says; n_queries 0: all have the same, and fewer
-    than 50 points in all ([2], as TNP).
+    draw(batch, points, generator) -> x (B, N, 1), y (B, N, D) of random curves, and a mask
+    (B, N, D) where values are missing. Every curve has 3 to 46 context points of its own, as a
+    mask says; n_queries 0: all have the same, and fewer than 50 points in all ([2], as TNP).
+    D > 1: up to WINDOW points in all, and half of the curves show one value at all points.
     """
-    mine, size = rank_slice(recipe.batch_size), recipe.batch_size
+    mine, size, d = rank_slice(recipe.batch_size), recipe.batch_size, cfg.n_values
+    most = 46 if d == 1 else WINDOW - (recipe.n_queries or 3)
     for step in itertools.count(start):
         gen = generator(recipe.seed, step, 3)
-        counts = torch.randint(3, 47, (size, 1), generator=gen)
+        counts = torch.randint(3, most + 1, (size, 1), generator=gen)
         n, m = int(counts.max()), recipe.n_queries
         if not m:
             n = int(counts[0])
-            m = int(torch.randint(3, 50 - n, (), generator=gen)) if n < 46 else 3
-        x, y = (v[mine].float() for v in draw(size, n + m, gen))
-        context = {"x": x[:, :n], "y": y[:, :n]}
+            m = int(torch.randint(3, most + 4 - n, (), generator=gen)) if n < most else 3
+            counts[:] = n
+        x, y, *mask = (v[mine].float() for v in draw(size, n + m, gen))
+        context, query = {"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}
         if recipe.n_queries:
             context["mask"] = (torch.arange(n) < counts)[mine]
-        yield tuple(to_device(v, device) for v in (context, {"x": x[:, n:]}, y[:, n:]))
+        if mask or d > 1:
+            column = torch.randint(2 * d, (size, 1, 1), generator=gen)[mine] if d > 1 else d
+            seen = mask[0] if mask else torch.ones_like(y)  # (B, n + m, D)
+            given = seen * ((torch.arange(n + m) < counts)[mine].unsqueeze(-1)
+                            | (torch.arange(d) == column))
+            context, query["mask"] = {"x": x, "y": y, "mask": given}, (seen - given)[:, n:]
+        yield tuple(to_device(v, device) for v in (context, query, y[:, n:]))
 
 
 BATCHES = {"image": image_batches, "nvs": scene_batches, "gp": curve_batches}
@@ -2095,22 +2109,26 @@ def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Predict
 def evaluate_curves(model, tests, device: Device, samples: int = 50) -> dict:
     """Target and context log-likelihood per label: of the model, and of exact GP posteriors.
 
-    tests: (x, y, (kernel, hyperparameters) or None, context size, label). target_ll: log-mean-exp
-    over latent samples, per point. gp: exact posterior of the true kernel, the ceiling; fitted_gp:
-    an RBF kernel fitted to each context. coverage: part of the targets in the central 95 %.
+    tests: (x, y, mask or None, (kernel, hyperparameters) or None, context size, label).
+    target_ll: log-mean-exp over latent samples, per point. gp: exact posterior of the true kernel,
+    the ceiling; fitted_gp: an RBF kernel fitted to each context. coverage: part of the targets in
+    the central 95 %.
     """
     from data import curves
     parts = []
-    for i, (x, y, true, n, label) in shard(tests):
+    for i, (x, y, mask, true, n, label) in shard(tests):
         xf, yf = x.float().to(device.name), y.float().to(device.name)
-        prediction = sample_curves(model, {"x": xf[:, :n], "y": yf[:, :n]}, xf, samples,
-                                   generator(i, 7))
+        mask = (torch.ones_like(y) if mask is None else mask).to(device.name, torch.bool)
+        context = {"x": xf[:, :n], "y": yf[:, :n], "mask": mask[:, :n]}
+        prediction = sample_curves(model, context, xf, samples, generator(i, 7))
         ll = log_likelihood(prediction, yf.repeat_interleave(len(prediction.mean) // len(x), 0))
         ll = ll.unflatten(0, (len(x), -1))
         ll = ll.logsumexp(1) - math.log(ll.shape[1])  # (B, N, D)
         mean, std = mixture(prediction, len(x))
-        scores = {"target_ll": ll[:, n:].mean(), "context_ll": ll[:, :n].mean(),
-                  "coverage": ((yf - mean).abs() < 1.96 * std)[:, n:].float().mean()}
+        inside = (yf - mean).abs() < 1.96 * std
+        scores = {"target_ll": ll[:, n:][mask[:, n:]].mean(),
+                  "context_ll": ll[:, :n][mask[:, :n]].mean(),
+                  "coverage": inside[:, n:][mask[:, n:]].float().mean()}
         seen, rest = (x[:, :n], y[:, :n]), (x[:, n:], y[:, n:])
         if true:
             posterior = curves.gp_posterior(true[0], *seen, rest[0], true[1])
@@ -2128,11 +2146,11 @@ def curve_tests(data, count: int, seed: int = 0):
     """Sets to score curves on: of every kernel, or windows of a set of series."""
     from data import curves
     if data is not None:
-        yield from ((*window, "series") for window in data.windows())
+        yield from ((*xym, None, n, "series") for *xym, n in data.windows())
         return
     for kernel in curves.KERNELS:
         for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed):
-            yield x, y, (kernel, hyper), n, kernel
+            yield x, y, None, (kernel, hyper), n, kernel
 
 
 # ------------------------------------------------------------------------- rendering
@@ -2178,7 +2196,7 @@ def sample_pictures(model, data, device: Device, count: int = 12):
     from data import pictures
     if model.cfg.task == "gp":
         rows = [curve_picture(model, x[0, :n].float(), y[0, :n].float(), (x[0, n:], y[0, n:]))
-                for x, y, _, n, _ in itertools.islice(curve_tests(data, 2), 6)]
+                for x, y, _, _, n, _ in itertools.islice(curve_tests(data, 2), 6)]
         return pictures.image_grid([rows[:3], rows[3:]])
     tests, size = (scene_tests if model.cfg.task == "nvs" else image_tests), len(data)
     only = sorted({i * size // count for i in range(count)})
@@ -2205,10 +2223,10 @@ def curve_picture(model, x, y, held_out=None, size=(480, 320), units=None, **nam
     a, b, c, d = units or (0.0, 1.0, 0.0, 1.0)
     in_x, in_y = lambda v: v.double() * b + a, lambda v: v.double() * d + c
     samples = [in_y(v) for v in draws.mean[:5, :, 0]] if len(draws.mean) > 1 else []
-    held_out = held_out and (in_x(held_out[0].flatten()), in_y(held_out[1].flatten()))
+    held_out = held_out and (in_x(held_out[0].flatten()), in_y(held_out[1][:, 0]))
     return pictures.curve_plot(
         in_x(grid[0, :, 0]), in_y(mean), in_y(mean - 1.96 * std), in_y(mean + 1.96 * std), samples,
-        (in_x(x.flatten()), in_y(y.flatten())), held_out, size, **names)
+        (in_x(x.flatten()), in_y(y[:, 0])), held_out, size, **names)
 
 
 def render_curve(model, table, width: int):
@@ -2375,7 +2393,8 @@ def open_data(cfg: ModelConfig, path, split: str, recipe=None, limit: int = 0, z
             return None
         from data.curves import CurveSet
         data = CurveSet(path, split if split == "train" or Path(path).is_dir() else "all",
-                        limit=limit)
+                        limit=limit, n_values=cfg.n_values,
+                        points=48 if cfg.n_values == 1 else WINDOW)
     elif cfg.task == "image":
         from data.images import ImageSet
         crop = bool(recipe and recipe.random_crop and split == "train")

@@ -116,21 +116,18 @@ def fit_gp(x: Tensor, y: Tensor, noises: tuple = (NOISE,)):
 
 # ------------------------------------------------------------------------- tables of numbers
 MAX_BYTES = 2**24
-LAYOUTS = tuple(itertools.product((",", ";", "\t", None), ".,"))  # delimiter, decimal mark
 SWAP_MARKS = str.maketrans(",.", ".,")
-GAPS = ("", "na", "n/a", "null", "none", "-")  # float() knows nan and inf
 DAY = timedelta(days=1)
 
 
 class Table(NamedTuple):
-    """A series; with dates x is in days since `origin`, the earliest; y is 0 in gaps."""
+    """A series; of dates x is in days since `origin`, the earliest; y is 0 in gaps."""
 
     x: Tensor  # (N, 1)
     y: Tensor  # (N, D)
     mask: Tensor  # (N, D) bool, False in gaps
     x_name: str
     y_names: list[str]
-    dates: bool
     origin: datetime | None
     notes: list[str]
 
@@ -163,7 +160,7 @@ def _value(cell: str, decimal: str) -> float | datetime | str:
         date = datetime.fromisoformat(f"{cell}-01" if len(cell) == len("2020-01") else cell)
         return date.replace(tzinfo=None) - (date.utcoffset() or 0 * DAY)
     except (ValueError, OverflowError):
-        return math.nan if cell.lower() in GAPS else cell
+        return math.nan if cell.lower() in ("", "na", "n/a", "null", "none", "-") else cell
 
 
 def _rows(lines: list[str], delimiter: str | None, decimal: str) -> list[list]:
@@ -184,7 +181,7 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
         rows = _rows(sample, *layout)
         return sum(map(_is_full, rows)), -sum(isinstance(v, str) for row in rows for v in row)
 
-    delimiter, decimal = max(LAYOUTS, key=score)
+    delimiter, decimal = max(itertools.product((",", ";", "\t", None), ".,"), key=score)
     rows = _rows(lines, delimiter, decimal)
     full = [i for i, row in enumerate(rows) if _is_full(row)]
     width = Counter([len(rows[i]) for i in full] or [0]).most_common(1)[0][0]
@@ -235,7 +232,7 @@ def _series(lines: list[str], columns: str | None) -> Table:
     x = [[(x - origin) / DAY if origin else x] for x, _ in found]
     x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, [y for _, y in found]))
     return Table(x, y.nan_to_num(), ~y.isnan(), names[chosen[0]], [names[j] for j in chosen[1:]],
-                 bool(origin), origin, notes)
+                 origin, notes)
 
 
 def read_table(path, columns: str | None = None, data: bytes | None = None) -> Table:
@@ -276,8 +273,8 @@ def standardise(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tenso
     return (x - x_mid) / x_scale, (y - mean) * seen / y_scale, (x_mid, x_scale, mean, y_scale)
 
 
-def _load(path, columns: str | None) -> list[tuple[str, Tensor, Tensor]]:
-    """Every y of every file as (name of file or column, x (N, 1), y (N, 1)), sorted by x."""
+def _load(path, columns: str | None, n_values: int) -> list[tuple]:
+    """Curves as (name of file or first column, x (N, 1), y (N, D), mask (N, D)), sorted by x."""
     if Path(path).is_dir() or zipfile.is_zipfile(path):
         tree = Tree(path)
 
@@ -295,47 +292,48 @@ def _load(path, columns: str | None) -> list[tuple[str, Tensor, Tensor]]:
         tables = [("", read_table(path, columns or "all"))]
     curves = []
     for file, table in tables:
+        if len(table.y_names) % n_values:
+            raise ValueError(f"{file or path}: {len(table.y_names)} columns of values are no "
+                             f"multiple of n_values={n_values}")
         order = table.x[:, 0].argsort(stable=True)
-        for j, name in enumerate(table.y_names):
-            rows = order[table.mask[order, j]]
-            curves.append((file or name, table.x[rows], table.y[rows, j : j + 1]))
+        x, y, m = (v[order] for v in table[:3])
+        for name, y, m in zip(table.y_names[::n_values], *(v.split(n_values, 1) for v in (y, m))):
+            curves.append((file or name, x[seen := m.any(1)], y[seen], m[seen]))
     return curves
 
 
-def _part(items, split: str):
-    first, last = TENTHS[split]
-    return items[len(items) * first // 10 : len(items) * last // 10]
-
-
 class CurveSet:
-    """Curves of a folder, a zip or a file x,y1,y2,...: every value column of a file is a curve.
+    """Curves of a folder, a zip or a file x,y1,y2,...: every n_values columns y are one curve.
 
-    split: train, val and test are 80, 10 and 10 % of the files (or of the columns of a lone file)
+    split: train, val and test are 80, 10 and 10 % of the files (or of the curves of a lone file)
     by a hash of the name; of fewer than 10 they are the first 80, the next 10 and the last 10 % of
     every curve. "all" is everything. limit > 0: only so many curves. Curves in windows of `points`
     neighbouring points, or fewer where a curve is shorter, each standardised.
-    Attributes: names, source (one line), points (of the longest window; `draw` can give as many).
+    Attributes: names, source (one line), points (of the longest window).
     """
 
-    def __init__(self, path, split: str = "train", columns=None, points: int = 48, limit: int = 0):
+    def __init__(self, path, split: str = "train", columns=None, points: int = 48, limit: int = 0,
+                 n_values: int = 1):
         if split not in TENTHS:
             raise ValueError(f"split={split!r} is unknown; use one of {', '.join(TENTHS)}")
-        curves = _load(path, columns)
+        first, last = TENTHS[split]
+        part = lambda items: items[len(items) * first // 10 : len(items) * last // 10]
+        curves = _load(path, columns, n_values)
         units = sorted({unit for unit, *_ in curves},
                        key=lambda unit: (zlib.crc32(unit.encode(errors="replace")), unit))
         if by_name := len(units) >= 10:
-            chosen = set(_part(units, split))
+            chosen = set(part(units))
             curves = [curve for curve in curves if curve[0] in chosen]
         else:
-            curves = [(unit, _part(x, split), _part(y, split)) for unit, x, y in curves]
+            curves = [(unit, *map(part, xym)) for unit, *xym in curves]
         curves = [curve for curve in curves if len(curve[1]) >= MIN_POINTS][: limit or None]
         if not curves:
             raise ValueError(f"{path}: no curve of {MIN_POINTS} points in the {split} split; "
                              "give longer series, or more of them")
-        self.names, xs, ys = (list(column) for column in zip(*curves))
-        self.counts = torch.tensor([len(x) for x in xs])
+        self.names, *xym = (list(column) for column in zip(*curves))
+        self.x, self.y, self.mask = map(torch.cat, xym)
+        self.counts = torch.tensor([len(x) for x in xym[0]])
         self.first = self.counts.cumsum(0) - self.counts
-        self.x, self.y = torch.cat(xs), torch.cat(ys)
         self.window, self.points = points, min(points, int(self.counts.max()))
         self.source = (f"{path}: {len(curves)} curves in {split}, split by "
                        f"{'name' if by_name else 'time'}, {len(self.x)} points")
@@ -343,22 +341,31 @@ class CurveSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def draw(self, batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`points` random points of random windows, in random order: x, y (B, points, 1)."""
-        able = (self.counts >= points).nonzero()[:, 0]
-        if not len(able):
-            raise ValueError(f"{points} points: the longest curve has {int(self.counts.max())}")
-        pick = able[torch.randint(len(able), (batch,), generator=gen)]
-        counts = self.counts[pick]
-        length = min(max(points, self.window), int(counts.min()))
-        start = torch.rand(batch, generator=gen, dtype=torch.float64) * (counts - length + 1)
-        rows = (self.first[pick] + start.long())[:, None] + torch.arange(length)  # (B, length)
-        x, y, _ = standardise(self.x[rows], self.y[rows])
-        order = torch.rand(batch, length, generator=gen).argsort(1)[:, :points, None]
-        return x.gather(1, order), y.gather(1, order)
+    def draw(self, batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, ...]:
+        """Random points of random windows in random order: x (B, points, 1), y (B, points, D).
+
+        Where a value is missing also mask (B, points, D): a shorter curve leaves random places
+        empty. Of several values half of the curves come in the order of x, to learn to forecast.
+        """
+        pick = torch.randint(len(self), (batch, 1), generator=gen)
+        length = self.counts[pick].clamp(max=max(points, self.window))  # (B, 1)
+        start = torch.rand(batch, 1, generator=gen, dtype=torch.float64)
+        start = self.first[pick] + (start * (self.counts[pick] - length + 1)).long()
+        place = torch.arange(max(points, int(length.max())))
+        inside, rows = place < length, start + place.minimum(length - 1)  # (B, P)
+        mask = self.mask[rows] & inside.unsqueeze(-1)
+        x, y, _ = standardise(self.x[rows], self.y[rows], mask)
+        key = torch.rand(batch, len(place), generator=gen)
+        order = (key + (place >= length.clamp(min=points))).argsort(1)[:, :points]
+        if y.shape[-1] > 1:
+            in_time = torch.rand(batch, 1, generator=gen) < 0.5
+            key = torch.where(in_time & inside, place / length, key).gather(1, order)
+            order = order.gather(1, key.argsort(1))
+        x, y, mask = (v.take_along_dim(order.unsqueeze(-1), 1) for v in (x, y, mask))
+        return (x, y) if mask.all() else (x, y, mask)
 
     def windows(self, batch: int = 16, repeats: int = 10) -> Iterator:
-        """All windows, `repeats` times split at random: x, y (up to B, P, 1), None, P // 2 seen."""
+        """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""
         groups = {}
         for first, count in zip(self.first.tolist(), self.counts.tolist()):
             length = min(self.window, count)
@@ -367,5 +374,6 @@ class CurveSet:
             key = repr((0, i, 10)).encode()
             order = torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key)))
             for rows in (torch.tensor(starts)[:, None] + torch.arange(length)).split(batch):
-                x, y, _ = standardise(self.x[rows], self.y[rows])
-                yield x[:, order], y[:, order], None, length // 2
+                x, y, _ = standardise(self.x[rows], self.y[rows], self.mask[rows])
+                mask = None if self.mask[rows].all() else self.mask[rows][:, order]
+                yield x[:, order], y[:, order], mask, length // 2

@@ -1,47 +1,124 @@
-"""Predator-prey series for `train --task gp --data`: python data/lotka_volterra.py OUT_FOLDER
+"""Hares and lynxes, a curve of two values: simulated for training, and the record of Hudson Bay.
 
-Stochastic Lotka-Volterra by tau-leaping, sampled once a year, a file `year,hare,lynx` each, like
-the Hudson Bay record: simulated training data of Gordon et al., Convolutional Conditional Neural
-Processes, ICLR 2020.
+    python data/lotka_volterra.py simulate lv --count 4000
+    python tinyinr.py train --task gp --data lv --set n_values=2 --out runs/lv
+    python data/lotka_volterra.py score runs/lv/ckpt.pt data/hares.csv
+
+Simulation and tasks are those of the package neuralprocesses 0.2.7 (Bruinsma et al.,
+Autoregressive Conditional Neural Processes, ICLR 2023), as in Huang et al., 2023.
 """
 
+import sys
 from pathlib import Path
 
 import click
 import torch
 
-RATES = (1.0, 0.002, 0.002, 0.5)  # a year: hare born; hare eaten; lynx born; lynx died
-YEARS, STEPS = 91, 100  # 1845 to 1935; steps of simulation in a year
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+YEARS, BURN_IN, STEPS = 91, 10, 45  # 1845 to 1935; years before them; steps of a year
+TASKS = ("interpolation", "forecasting", "reconstruction")
 
 
 def simulate(count: int, gen: torch.Generator) -> torch.Tensor:
-    """Populations (count, YEARS, 2) of hare and lynx; each rate is varied by up to 20 %."""
-    rates = torch.tensor(RATES) * (0.8 + 0.4 * torch.rand(count, 4, generator=gen))
-    hare, lynx = 100 + 400 * torch.rand(2, count, generator=gen)
-    years = []
-    for step in range(YEARS * STEPS):
+    """Populations (count, YEARS, 2) of hare and lynx, in thousands, yearly.
+
+    d hare = hare (a - b lynx) dt + s hare^(1/6) dW1 and d lynx = lynx (g hare - c) dt + s
+    lynx^(1/6) dW2, by Euler and Maruyama, reflected at 0; then times a scale U[1, 5] for both.
+    """
+    u = torch.rand(6, count, generator=gen)
+    a, b, c, g = 0.2 + 0.6 * u[0], 0.04 + 0.04 * u[1], 0.8 + 0.4 * u[2], 0.04 + 0.04 * u[3]
+    noise, scale, dt = 0.5 + 9.5 * u[4, :, None], 1 + 4 * u[5, :, None, None], 1 / STEPS
+    now, years = 5 + 95 * torch.rand(count, 2, generator=gen), []
+    for step in range((BURN_IN + YEARS) * STEPS):
         if step % STEPS == 0:
-            years.append(torch.stack((hare, lynx), -1))  # (count, 2)
-        factors = torch.stack((hare, hare * lynx, hare * lynx, lynx), -1)  # (count, 4)
-        born, eaten, fed, died = torch.poisson(rates * factors / STEPS, generator=gen).unbind(-1)
-        hare, lynx = (hare + born - eaten).clamp(0, 1e4), (lynx + fed - died).clamp(0, 1e4)
-    return torch.stack(years, 1)
+            years.append(now)
+        hare, lynx = now.unbind(-1)
+        drift = torch.stack((hare * (a - b * lynx), lynx * (g * hare - c)), -1)  # (count, 2)
+        shock = dt**0.5 * torch.randn(count, 2, generator=gen)
+        now = (now + drift * dt + noise * now ** (1 / 6) * shock).abs()
+    return scale * torch.stack(years[BURN_IN:], 1)
 
 
-@click.command(help=__doc__.split(":")[0])
+def hidden(task: str, x: torch.Tensor, count: int, gen: torch.Generator) -> torch.Tensor:
+    """Targets (count, N, 2), True where hidden, of `count` draws of a task at x (N, 1), years.
+
+    interpolation: 1 to 20 random points of every column; forecasting: all from year U[25, 75] of
+    the table on; reconstruction: one of the columns from there on.
+    """
+    n = len(x)
+    if task == "interpolation":
+        rank = torch.rand(count, n, 2, generator=gen).argsort(1).argsort(1)
+        return rank < torch.randint(1, 21, (count, 1, 2), generator=gen)
+    late = x - x.min() >= 25 + 50 * torch.rand(count, 1, 1, generator=gen)  # (count, N, 1)
+    if task == "forecasting":
+        return late.expand(-1, -1, 2)
+    return late & (torch.arange(2) == torch.randint(2, (count, 1, 1), generator=gen))
+
+
+@torch.no_grad()
+def task_scores(model, table, task: str, count: int, samples: int = 50, seed: int = 0) -> dict:
+    """Means over `count` draws of a task: of the model, and of a Gaussian of each column's context.
+
+    ll: log density of a target in the table's units, the mean over a draw's targets; of a VNP the
+    log of the mean density over `samples` latents, of every target alone. x is standardised by the
+    whole table, y by the context alone. mae: mean absolute error, in units of the table.
+    """
+    from data.curves import standardise
+    from tinyinr import Prediction, log_likelihood, sample_curves
+    gen, rows = torch.Generator().manual_seed(seed), []
+    for part in hidden(task, table.x, count, gen).split(16):
+        target = part & table.mask
+        x, y = (v.expand(len(part), -1, -1) for v in (table.x, table.y))
+        seen = table.mask & ~part
+        xs, ys, (*_, mean, scale) = standardise(x, y, seen)
+        context = {"x": xs.float(), "y": ys.float(), "mask": seen}
+        draws = sample_curves(model, context, xs.float(), samples, gen)
+        draws = Prediction(*(v.double().unflatten(0, (len(part), -1)) for v in draws))
+        true = (y - mean) / scale
+        ll = log_likelihood(draws, true.unsqueeze(1)).double()  # (B, S, N, 2)
+        ll = ll.logsumexp(1) - torch.tensor(float(ll.shape[1])).log() - scale.log()
+        naive = Prediction(torch.zeros_like(true), torch.full_like(true, 0.5))
+        error = (draws.mean.mean(1) - true).abs() * scale
+        for name, values in (("ll", ll), ("constant_ll", log_likelihood(naive, true) - scale.log()),
+                             ("mae", error)):
+            rows.append((name, (values * target).sum((1, 2)) / target.sum((1, 2))))
+    return {name: torch.cat([v for n, v in rows if n == name]).mean().item()
+            for name in ("ll", "constant_ll", "mae")}
+
+
+@click.group(help=__doc__.split("\n")[0])
+def main():
+    pass
+
+
+@main.command("simulate")
 @click.argument("out_folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--count", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def main(out_folder, count, seed):
-    gen, series = torch.Generator().manual_seed(seed), []
-    while len(series) < count:
-        series += [s for s in simulate(count, gen) if s.amin() > 0]  # none died out
+def simulate_command(out_folder, count, seed):
+    """Write a file year,hare,lynx for every series."""
     out_folder.mkdir(parents=True, exist_ok=True)
-    for i, populations in enumerate(series[:count]):
-        lines = [f"{year},{hare:.0f},{lynx:.0f}" for year, (hare, lynx)
-                 in enumerate(populations.tolist(), 1845)]
+    for i, series in enumerate(simulate(count, torch.Generator().manual_seed(seed)).tolist()):
+        lines = [f"{year},{hare:.2f},{lynx:.2f}" for year, (hare, lynx) in enumerate(series, 1845)]
         (out_folder / f"{i:04}.csv").write_text("\n".join(("year,hare,lynx", *lines, "")))
     click.echo(f"{out_folder}: {count} series of {YEARS} years")
+
+
+@main.command("score")
+@click.argument("ckpt", type=click.Path())
+@click.argument("tables", nargs=-1, required=True, type=click.Path())
+@click.option("--count", type=click.IntRange(min=1), default=256, show_default=True)
+def score_command(ckpt, tables, count):
+    """Score a checkpoint on the three tasks: log-likelihood of a target, mean over the tables."""
+    import tinyinr
+    from data.curves import read_table
+    model = tinyinr.load(ckpt)
+    read = [read_table(table, "all") for table in tables]
+    for task in TASKS:
+        scores = [task_scores(model, table, task, count) for table in read]
+        click.echo(f"{task:>15}  " + "  ".join(
+            f"{name} {sum(s[name] for s in scores) / len(scores):.2f}" for name in scores[0]))
 
 
 if __name__ == "__main__":
