@@ -37,7 +37,7 @@ import tinyinr
 from data import page as pages
 from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
                              share_initializers, store_half)
-from tinyinr import Commands, ModelConfig, RunFailed
+from tinyinr import ModelConfig, RunFailed
 
 TOLERANCE = 1e-4  # largest error against PyTorch, relative where values exceed 1
 ONE_FILE = 1.5e9  # bytes of weights; more of them go to a second file, as protobuf ends at 2 GB
@@ -366,12 +366,7 @@ class Command(click.Command):
     """A command that ends as tinyinr's do: errors in one line and an exit code."""
 
     def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError) as e:
-            Commands.fail(self, ctx, e, 2)
-        except RunFailed as e:
-            Commands.fail(self, ctx, e, 1)
+        return tinyinr.in_one_line(ctx, super().invoke)
 
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})

@@ -1133,11 +1133,11 @@ def test_two_processes_learn_what_one_does(task, name, tmp_path):
     for key, value in a["model"].items():
         keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
         torch.testing.assert_close(b["model"][key][keep], value[keep], atol=1e-5, rtol=1e-5)
-    scores = [[float(v) for v in re.findall(r" (-?\d+\.\d\d)\b", text.split("minutes; test split:")[1])]
+    scores = [[float(v) for v in re.findall(r" (-?\d+\.\d\d)\b", text.split("minutes; val split:")[1])]
               for text in (alone, together)]
     assert scores[0] and scores[0] == pytest.approx(scores[1], abs=0.011)
     steps = [json.loads(line)["step"] for line in (two / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and together.count("minutes; test split:") == 1  # one writer
+    assert steps == sorted(set(steps)) and together.count("minutes; val split:") == 1  # one writer
 
 
 def test_a_killed_worker_ends_the_run(tmp_path):
@@ -1244,19 +1244,19 @@ def test_device_choices(monkeypatch):
         with pytest.raises(ValueError, match=f"{name}.*cpu or auto"):
             tinyinr.choose_device(name)
     assert tinyinr.choose_device("auto").name == "cpu"
-    for gain, dtype in ((2.0, torch.bfloat16), (0.8, None)):
-        monkeypatch.setattr(tinyinr, "bf16_gain", lambda: gain)
+    for there, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": there})
         assert tinyinr.choose_device("cpu").dtype is dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     before = torch.get_float32_matmul_precision()
     device = tinyinr.choose_device("auto")
     torch.set_float32_matmul_precision(before)
-    assert (device.name, device.dtype, device.fused) == ("cuda", torch.bfloat16, True)
+    assert (device.name, device.dtype) == ("cuda", torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device = tinyinr.choose_device("auto")
-    assert (device.name, device.dtype, device.fused) == ("mps", None, False)
+    assert (device.name, device.dtype) == ("mps", None)
 
 
 ACCELERATORS = [
@@ -1306,7 +1306,7 @@ def test_training_leaves_checkpoint_log_and_picture(trained):
         "eval", out / "ckpt.pt", "--data", data, "--json", out.parent / "s.json"
     )
     scores = json.loads((out.parent / "s.json").read_text())
-    assert scores["images"]["pictures"] == 2 and "psnr_unclamped" in output
+    assert scores["all"]["pictures"] == 2 and "psnr_unclamped" in output
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
@@ -1338,9 +1338,9 @@ def test_a_finished_run_is_not_overwritten_and_resumes_as_it_was(trained):
         output = run(*TRAIN, "--data", data, "--steps", 3, "--out", out, code=2)
         assert "holds a run already" in output and "--overwrite" in output
         output = run(*TRAIN, "--data", data, "--seed", 5, "--out", out, "--resume", code=2)
-        assert "holds a run with seed=0, not 5" in output
+        assert "is of a run with seed=0, not 5" in output
         output = run(*TRAIN, "--data", data.parent, "--out", out, "--resume", code=2)
-        assert "holds a run with data=" in output
+        assert "is of a run with data=" in output
     assert (out / "ckpt.pt").read_bytes() == before
 
 
@@ -1421,7 +1421,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_l
 
 
 def test_two_runs_in_one_folder_are_kept_apart(trained):
-    with tinyinr.lock_dir(trained[1]), torch.enable_grad():
+    with tinyinr.locked(trained[1]), torch.enable_grad():
         output = run(*TRAIN, "--data", trained[0], "--out", trained[1],
                      "--overwrite", code=2)
     assert "another run writes to this folder" in output
@@ -1616,8 +1616,8 @@ def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(change, words, t
 
 @pytest.mark.parametrize("change, words", [
     (dict(optimizers=[{"state": 1, "param_groups": []}]), "cannot be resumed"),
-    (dict(optimizers=7), "cannot be resumed"), (dict(step="x"), "cannot be resumed"),
-    (dict(config={"dim": 1, "unknown": 2}), "holds a run with dim=1"),
+    (dict(optimizers=7), "cannot be resumed"), (dict(step="x"), "not of a run that can be resumed"),
+    (dict(config={"dim": 1, "unknown": 2}), "not of a run that can be resumed"),
     (dict(config=[1]), "not of a run that can be resumed"),
     (dict(format=1), "an earlier layout"),
 ])
@@ -1704,17 +1704,17 @@ def test_a_series_is_scored_beside_a_fitted_gp(tmp_path):
 
 
 def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
-    """psnr_large is the PSNR of the function at the pixels of the larger images."""
+    """`large` is the PSNR of the function at the pixels of the larger images."""
     model = tiny("image", "transinr")
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
-    row = tinyinr.evaluate(model, data, tinyinr.choose_device("cpu"))["images"]
+    row = tinyinr.evaluate(model, tinyinr.image_cases(model, data, "cpu"))["all"]
     code = model.encode({"image": data.pixels.float() / 255})
     grid = tinyinr.pixel_grid(32, 32)[None].expand(len(data), -1, -1)
     values = tinyinr.psnr(model.decode(code, {"coords": grid}).mean,
                           (data.large.float() / 255).flatten(2).mT)
-    assert row["psnr_large"] == pytest.approx(float(values.mean()), abs=1e-3)
-    assert row["psnr_large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
-    assert row["bicubic_large"] > row["psnr_large"] and row["pictures"] == len(data)
+    assert row["large"] == pytest.approx(float(values.mean()), abs=1e-3)
+    assert row["large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
+    assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
@@ -1785,7 +1785,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 def test_median_seconds():
     naps = iter([0.2, 0.2, 0.01, 0.02, 0.03, 0.04, 0.05])  # two to warm up, five that count
-    assert 0.03 <= tinyinr.median_seconds(lambda: time.sleep(next(naps)), "cpu", 0.1) < 0.04
+    assert 0.03 <= bench.median_seconds(lambda: time.sleep(next(naps)), "cpu", 0.1) < 0.04
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")

@@ -29,7 +29,6 @@ near, far and points_per_ray are optional. std has the shape of mean; None: dete
 import contextlib
 import ctypes
 import functools
-import gc
 import io
 import itertools
 import json
@@ -38,7 +37,6 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import sys
 import time
 import zipfile
@@ -55,7 +53,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 # ------------------------------------------------------------------------- config and presets
 
@@ -1624,14 +1621,11 @@ def processes(device: str, patience: float = 600.0):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                             timeout=timedelta(seconds=patience))
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_main_process():
-                null = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(null))
-            yield
+        with open(os.devnull, "w") as null:
+            with contextlib.redirect_stdout(sys.stdout if is_main_process() else null):
+                yield
         dist.barrier()  # none leaves while another still asks for it
     finally:
-        gc.collect()  # what outlives the group, as DistributedDataParallel, aborts at the exit
         dist.destroy_process_group()
 
 
@@ -1663,12 +1657,14 @@ def all_reduce_max(*values: float) -> list[float]:
     return values.tolist()
 
 
-def broadcast(value):
-    """The main process's value, in all of them."""
-    values = [value]
+def all_reduce_mean(tensors: list[Tensor]):
+    """Replace the tensors by their means over all processes, in one exchange."""
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
 @dataclass(frozen=True)
@@ -1677,45 +1673,15 @@ class Device:
 
     name: str
     dtype: torch.dtype | None  # of autocast; None: everything in fp32
-    fused: bool  # fused optimizer kernels
     why: str
 
     def autocast(self):
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
 
-    def attention(self):
+    def attention(self, n_tokens: int):
         """Plain matrix products beat a CPU's fused kernel in bf16 at few tokens (measured)."""
-        plain = self.name == "cpu" and self.dtype is not None
+        plain = self.name == "cpu" and self.dtype is not None and n_tokens < 400
         return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-
-
-def median_seconds(work, device: str, budget: float = 2.0) -> float:
-    """Median time of work(): two calls to warm up, then as many as `budget` seconds allow."""
-    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
-    for _ in range(2):
-        work()
-    while len(seconds) < 5 or sum(seconds) < budget:
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def peak_flops(dtype, device: str, n: int = 2048, budget: float = 2.0) -> float:
-    """FLOP/s of a product of two n x n matrices."""
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    return 2 * n**3 / median_seconds(lambda: a @ a, device, budget)
-
-
-@functools.cache
-def bf16_gain() -> float:
-    """How many times as fast as in fp32 this CPU multiplies matrices in bf16 (measured, 0.1 s)."""
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        return 0.0
-    fp32, bf16 = (peak_flops(t, "cpu", 1024, 0.0) for t in (torch.float32, torch.bfloat16))
-    return bf16 / fp32
 
 
 def choose_device(name: str = "auto", precision: str = "auto") -> Device:
@@ -1738,11 +1704,10 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
         bf16, why = False, "autocast does not pay on this device"
     elif name == "cuda":
         bf16, why = torch.cuda.is_bf16_supported(), "what this GPU multiplies fastest"
-    elif not (gain := bf16_gain()):
-        bf16, why = False, "this CPU has no bf16 products"
     else:
-        bf16, why = gain > 1.5, f"bf16 products are {gain:.1f} x as fast"
-    return Device(name, torch.bfloat16 if bf16 else None, name != "mps",
+        bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        why = f"this CPU has {'' if bf16 else 'no '}bf16 products"
+    return Device(name, torch.bfloat16 if bf16 else None,
                   f"{'bf16 autocast' if bf16 else 'fp32'}: {why}")
 
 
@@ -1794,7 +1759,7 @@ def make_optimizers(model, recipe: TrainConfig, device: Device) -> list[torch.op
         hidden = recipe.muon_lr and re.match(r"transformer\..*weight", name) and p.dim() == 2
         (matrices if hidden else rest).append(p)
     out = [torch.optim.AdamW(rest, recipe.lr, (0.9, recipe.beta2), weight_decay=0,
-                             fused=device.fused)]
+                             fused=device.name != "mps")]
     if matrices:
         out.append(Muon(matrices, recipe.muon_lr, dtype=device.dtype or torch.float32))
     for group in (g for o in out for g in o.param_groups):
@@ -1808,17 +1773,6 @@ def lr_factor(recipe: TrainConfig, step: int, progress: float) -> float:
     if recipe.lr_schedule == "step":
         return warm * (0.1 if progress >= 0.8 else 1.0)
     return warm * max(0.0, 1 - progress)
-
-
-class Objective(nn.Module):
-    """`objective` as a module: what DistributedDataParallel needs to hook its backward pass."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args):
-        return objective(self.model, *args)
 
 
 def micro_batch(x, i: int, pieces: int):
@@ -1847,14 +1801,17 @@ class Run:
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
             self.step, self.elapsed = int(ckpt["step"]), float(ckpt["elapsed"])
+        self.params = list(self.model.parameters())
         self.optimizers = make_optimizers(self.model, recipe, self.device)
         for optimizer, state in zip(self.optimizers, ckpt["optimizers"] if ckpt else ()):
             optimizer.load_state_dict(state)
-        self.objective = Objective(self.model)
-        if dist.is_initialized():
-            self.objective = DistributedDataParallel(self.objective)
         # The first step whose loss was not finite: looked at only to log or to save.
         self.first_nonfinite_step = torch.full((), math.inf, device=self.device.name)
+
+    def loss(self, batch, eps, kl_weight: float) -> Tensor:
+        """Loss and mean squared error of a batch, (2,)."""
+        with self.device.autocast(), self.device.attention(self.cfg.side**2):
+            return torch.stack(objective(self.model, batch, eps, kl_weight))
 
     def update(self, batch, progress: float) -> Tensor:
         """One optimization step; loss and mean squared error (2,) stay on the device."""
@@ -1865,17 +1822,14 @@ class Run:
                             generator=generator(recipe.seed, self.step, 5))
         noise = noise[rank_slice(recipe.batch_size)].to(self.device.name)  # (B, L, 1, Z)
         kl_weight = recipe.kl_weight * min(1.0, progress / 0.05)
-        pieces = recipe.grad_accum_steps
-        for i in range(pieces):
-            *piece, eps = (micro_batch(v, i, pieces) for v in (*batch, noise))
-            wait = dist.is_initialized() and i < pieces - 1  # the last piece exchanges gradients
-            with self.objective.no_sync() if wait else contextlib.nullcontext():
-                with self.device.autocast(), self.device.attention():
-                    loss, mse = self.objective(piece, eps.transpose(0, 1), kl_weight)
-                (loss / pieces).backward()
-            sums = sums + torch.stack((loss, mse)).detach() / pieces
+        for i in range(recipe.grad_accum_steps):
+            *piece, eps = (micro_batch(v, i, recipe.grad_accum_steps) for v in (*batch, noise))
+            losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
+            losses[0].backward()
+            sums = sums + losses.detach()
+        all_reduce_mean([p.grad for p in self.params])
         if recipe.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+            nn.utils.clip_grad_norm_(self.params, recipe.grad_clip)
         self.first_nonfinite_step = torch.where(
             sums[0].isfinite(), self.first_nonfinite_step,
             self.first_nonfinite_step.clamp(max=self.step))
@@ -1884,6 +1838,14 @@ class Run:
             optimizer.zero_grad()
         self.step += 1
         return sums
+
+    @torch.no_grad()
+    def validate(self, held_out) -> list[float]:
+        """Loss and PSNR, means over batches that were not trained on and over processes."""
+        mean = sum(self.loss(batch, None, self.recipe.kl_weight) for batch in held_out)
+        mean = mean / len(held_out)
+        all_reduce_mean([mean])
+        return [float(mean[0]), -10 * math.log10(max(float(mean[1]), 1e-12))]
 
     def check(self):
         """Raise RunFailed if a loss was not finite since the run began, in any process."""
@@ -1907,32 +1869,39 @@ class Run:
 SAVE_SECONDS, LOG_SECONDS = 60.0, 5.0  # between checkpoints and log lines
 
 
-def train(run: Run, batches, out: Path, steps: int, minutes: float):
+def train(run: Run, batches, out: Path, steps: int, minutes: float, held_out=()):
     """Train until `steps` or `minutes` are over; log to out/log.jsonl, save to out/ckpt.pt.
 
-    batches(device, start): endless batches. Returns the name of the signal that ended the run
-    early, or None. The processes of a run agree before every step on the time and what is next.
+    batches(device, start): endless batches. held_out: batches to validate on, every tenth of the
+    run. Returns the name of the signal that ended the run early, or None. The processes of a run
+    agree before every step on the time and what is next.
     """
     stop_signals, handlers = [0], {}
     with contextlib.suppress(ValueError):  # handlers are for the main thread only
         handlers = {s: signal.signal(s, lambda s, _: stop_signals.append(s))
                     for s in (signal.SIGINT, signal.SIGTERM)}
-    start = time.monotonic() - run.elapsed
-    logged = saved = time.monotonic()
-    first, sums = run.step, None
+    part = lambda: run.step / steps if steps else run.elapsed / (60 * minutes)
+    begun, first = part(), run.step
+    tenth, sums = int(10 * begun), None
+    started = logged = saved = time.monotonic()
+    before = run.elapsed
     try:
         batches = batches(run.device.name, run.step)
         while True:
             now = time.monotonic()
             run.elapsed, log, save, stop = all_reduce_max(
-                now - start, now - logged > LOG_SECONDS, now - saved > SAVE_SECONDS,
+                before + now - started, now - logged > LOG_SECONDS, now - saved > SAVE_SECONDS,
                 stop_signals[-1])
-            progress = run.step / steps if steps else run.elapsed / (60 * minutes)
-            over = stop or progress >= 1
-            if sums is not None and (log or over):
+            progress = part()
+            over, due = stop or progress >= 1, int(10 * progress) > tenth
+            if sums is not None and (log or over or due):
                 run.check()
-                log_step(run, out, sums, now - logged, run.step - first, progress)
-                logged, first, sums = now, run.step, None
+                row = log_row(run, sums, now - logged, run.step - first)
+                if held_out and due:
+                    row["val_loss"], row["val_psnr"] = run.validate(held_out)
+                row["eta"] = (now - started) * max(0, 1 - progress) / (progress - begun)
+                print_row(row, out, progress)
+                first, tenth, sums, logged = run.step, int(10 * progress), None, time.monotonic()
             if save or over:
                 run.save(out / "ckpt.pt")
                 saved = now
@@ -1944,23 +1913,26 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float):
             signal.signal(s, handler)
 
 
-def log_step(run, out: Path, sums: Tensor, seconds: float, steps: int, progress: float):
-    """One line on the screen and one in log.jsonl, of the means over steps and processes."""
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    loss, mse = (sums / steps / rank_and_world_size()[1]).tolist()
-    eta = run.elapsed * max(0.0, 1 - progress) / max(progress, 1e-9)
-    row = {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
-           "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
-           "signals_per_s": run.recipe.batch_size * steps / seconds, "elapsed": run.elapsed,
-           "eta": eta}
+def log_row(run: Run, sums: Tensor, seconds: float, steps: int) -> dict:
+    """What is logged of some steps: loss and PSNR are means over them and over all processes."""
+    means = sums / steps
+    all_reduce_mean([means])
+    loss, mse = means.tolist()
+    return {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
+            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
+            "signals_per_s": run.recipe.batch_size * steps / seconds, "elapsed": run.elapsed}
+
+
+def print_row(row: dict, out: Path, progress: float):
+    """One line on the screen and one in log.jsonl."""
     if is_main_process():
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
+    val = "  val {val_loss:.4f}, {val_psnr:.2f} dB".format(**row) if "val_loss" in row else ""
     bar = "=" * int(20 * min(1.0, progress))
-    click.echo(f"[{bar:20}] step {run.step}  loss {loss:.4f}  psnr {row['psnr']:.2f} dB  "
-               f"lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
-               f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
+    click.echo(f"[{bar:20}] step {row['step']}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f} dB"
+               f"{val}  lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
+               f"eta {row['eta'] // 60:.0f}:{row['eta'] % 60:02.0f}")
 
 
 # ------------------------------------------------------------------------- evaluation
@@ -2013,59 +1985,73 @@ def mean_scores(parts: list, counted: str) -> dict:
     return out
 
 
-def image_tests(model, data, device: str, only=None, batch=32):
-    """All images, or `only` some: (context, query, target (B, 1, H W, 3), label, large or None)."""
-    only = list(range(len(data)) if only is None else only)
-    grid = pixel_grid(model.cfg.image_size, model.cfg.image_size, device)[None]
-    for fraction in (0.3, 0.1, 0.5, 1.0) if model.cfg.masked else (1.0,):
-        for i in range(0, len(only), batch):
-            picked = only[i : i + batch]
-            pixels, large = next(data.batches([(picked, 0)]))
-            image = pixels.to(device).float() / 255
-            context = {"image": image}
-            if model.cfg.masked:
-                gens = [generator(0, k) for k in picked]
-                context["mask"] = random_masks(image, fraction, fraction, gens)
-            label = f"{fraction:.0%} seen" if model.cfg.masked else "images"
-            large = large if fraction == 1 and large is not None else None
-            yield (context, {"coords": grid}, image.flatten(2).mT.unsqueeze(1), label,
-                   None if large is None else large[data.native[picked]], data.native[picked])
+class Case(NamedTuple):
+    """Signals to score: target (B, pictures, pixels, 3), and larger true images (B, 3, H, W)."""
+
+    context: dict
+    query: dict
+    target: Tensor
+    label: str
+    large: Tensor | None = None
 
 
-def scene_tests(model, data, device: str, only=None, batch=1):
-    """Every scene's other views from its first ones: (context, query, target, class, ...)."""
+def image_cases(model, data, device: str, only=None, batch=32):
+    """Every image, or `only` some; of a masked model with 10, 30 and 50 % of its pixels, too."""
+    grid, groups = pixel_grid(*2 * (model.cfg.image_size,), device)[None], {}
+    for i in range(len(data)) if only is None else only:
+        groups.setdefault((data.labels[i], bool(data.native[i])), []).append(i)
+    for fraction in (1.0, 0.1, 0.3, 0.5) if model.cfg.masked else (1.0,):
+        for (label, native), members in groups.items():
+            for i in range(0, len(members), batch):
+                picked = members[i : i + batch]
+                pixels, large = next(data.batches([(picked, 0)]))
+                context = {"image": pixels.to(device).float() / 255}
+                if fraction < 1:
+                    context["mask"] = random_masks(context["image"], fraction, fraction,
+                                                   [generator(0, k) for k in picked])
+                yield Case(context, {"coords": grid}, context["image"].flatten(2).mT.unsqueeze(1),
+                           label if fraction == 1 else f"{label}, {fraction:.0%} seen",
+                           large if native and fraction == 1 else None)
+
+
+def scene_cases(model, data, device: str, only=None, pairs=0, batch=10):
+    """Every scene's other views from its first ones; or `pairs` random (context, target) views."""
     n, (height, width) = model.cfg.n_views, data.images.shape[-2:]
-    first = data.counts.cumsum(0) - data.counts
     for i in range(len(data.counts)) if only is None else only:
-        views = slice(int(first[i]), int(first[i] + data.counts[i]))
-        images = data.images[views].float() / 255
-        poses, focals = data.poses[views], data.focals[views]
-        rays = camera_rays(poses[n:], focals[n:], height, width)
-        rays_o, rays_d = (r.flatten(0, 2)[None] for r in rays)
-        context = {"images": images[None, :n], "poses": poses[None, :n],
-                   "focals": focals[None, :n]}
-        target = images[None, n:].flatten(3).transpose(2, 3)  # (1, V, H W, 3)
-        yield (*(to_device(x, device) for x in (
-            context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i], None, None)
+        own = slice(int(data.first[i]), int(data.first[i] + data.counts[i]))
+        images, poses, focals = data.images[own], data.poses[own], data.focals[own]
+        views = torch.arange(len(images))[None]
+        if pairs:
+            views = torch.stack([torch.randperm(len(images), generator=generator(0, 15, i, j))
+                                 for j in range(pairs)])[:, : n + 1]
+        for seen, asked in ((v[:, :n], v[:, n:]) for v in views.split(batch)):  # (B, V)
+            rays = camera_rays(poses[asked], focals[asked], height, width)
+            rays_o, rays_d = (r.flatten(1, 3) for r in rays)  # (B, V H W, 3)
+            context = {"images": images[seen].float() / 255, "poses": poses[seen],
+                       "focals": focals[seen]}
+            target = images[asked].flatten(3).transpose(2, 3).float() / 255  # (B, V, H W, 3)
+            yield Case(*(to_device(x, device) for x in (
+                context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i])
 
 
 @torch.no_grad()
-def evaluate(model, data, device: Device, tto: int = 0, limit: int = 0) -> dict:
-    """PSNR by label, mean over images or views; trivial baselines beside it.
+def evaluate(model, cases, tto: int = 0) -> dict:
+    """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
 
-    nearest: nearest seen pixel; white, context_view: predictions of scenes; psnr_large: against
-    larger true images, with bicubic enlargement of the true small ones beside it. Returns
-    {label: {"psnr", "psnr_se", "psnr_unclamped", ..., "pictures"}} with the label "all" last.
+    Returns {label: {"psnr", "psnr_se", ..., "pictures"}}, of whole images and scenes of several
+    labels the label "all", too.
     """
-    tests = image_tests if isinstance(model.signal, Image) else scene_tests
-    only, parts = range(min(limit, len(data))) if limit else None, []
-    for i, (context, query, target, label, large, native) in shard(
-            tests(model, data, device.name, only)):
+    parts = []
+    for i, (context, query, target, label, large) in shard(cases):
         code = model.encode(context)
         code = optimize(model, code, context, tto) if tto else code
-        mean = predict(model, code, query).mean.view(target.shape)  # (B, pictures, pixels, 3)
+        prediction = predict(model, code, query)
+        mean = prediction.mean.view(target.shape)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
-        if "mask" in context and not context["mask"].all():
+        if prediction.std is not None:
+            inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
+            scores["coverage"] = inside.float().mean((-2, -1))
+        if "mask" in context:
             from data.images import nearest_filling
             filled = nearest_filling(context["image"], context["mask"])
             scores["nearest"] = psnr(filled[:, None], target)
@@ -2073,19 +2059,19 @@ def evaluate(model, data, device: Device, tto: int = 0, limit: int = 0) -> dict:
             view = context["images"][:, :1].flatten(3).transpose(2, 3)
             scores["white"] = psnr(torch.ones_like(target), target)
             scores["context_view"] = psnr(view.expand_as(target), target)
-        if large is not None and len(large):
-            truth = (large.to(device.name).float() / 255).flatten(2).mT
-            side, native = large.shape[-2:], native.to(device.name)
-            coords = pixel_grid(*side, device.name).expand(len(mean), -1, -1)
-            scores["psnr_large"] = psnr(predict(model, code, {"coords": coords}).mean[native],
-                                        truth)
-            bicubic = F.interpolate(context["image"][native], side, mode="bicubic", antialias=True)
-            scores["bicubic_large"] = psnr(bicubic.flatten(2).mT, truth)
-        parts.append((i, (label, "all"), scores))
+        if large is not None:
+            truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
+            sizes = context["image"].shape[-2:], large.shape[-2:]
+            coords = pixel_grid(*sizes[1], target.device).expand(len(mean), -1, -1)
+            enlarged = lambda pixels: F.interpolate(
+                pixels.mT.unflatten(2, sizes[0]), sizes[1], mode="bicubic").flatten(2).mT
+            scores["large"] = psnr(predict(model, code, {"coords": coords}).mean, truth)
+            scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
+            scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
+        parts.append((i, {label} if "mask" in context else {label, "all"}, scores))
     out = mean_scores(parts, "pictures")
-    if len(out) == 2 or any("seen" in label for label in out):  # one label, or parts seen
-        out.pop("all")
-    return out | ({"all": out.pop("all")} if "all" in out else {})
+    whole = [label for label in out if "seen" not in label and label != "all"]
+    return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
 
 
 def mixture(prediction: Prediction, batch: int) -> Prediction:
@@ -2105,31 +2091,61 @@ def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Predict
     return model.decode(code, {"x": x}, eps)
 
 
-@torch.no_grad()
-def evaluate_curves(model, tests, device: Device, samples: int = 50) -> dict:
-    """Target and context log-likelihood per label: of the model, and of exact GP posteriors.
+def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
+    """Log density of every value y (B, M, D) under the mixture of the latent samples."""
+    ll = log_likelihood(prediction, y.repeat_interleave(len(prediction.mean) // len(y), 0))
+    ll = ll.unflatten(0, (len(y), -1))  # (B, S, M, D)
+    return ll.logsumexp(1) - math.log(ll.shape[1])
 
-    tests: (x, y, mask or None, (kernel, hyperparameters) or None, context size, label).
-    target_ll: log-mean-exp over latent samples, per point. gp: exact posterior of the true kernel,
-    the ceiling; fitted_gp: an RBF kernel fitted to each context. coverage: part of the targets in
-    the central 95 %.
+
+def curve_cases(data, count: int, seed: int = 0):
+    """Sets to score on, of every kernel, or windows of a set of series.
+
+    (x (B, N, 1), y (B, N, D), mask or None, (kernel, hyperparameters) or None, context size, label)
     """
     from data import curves
-    parts = []
-    for i, (x, y, mask, true, n, label) in shard(tests):
-        xf, yf = x.float().to(device.name), y.float().to(device.name)
-        mask = (torch.ones_like(y) if mask is None else mask).to(device.name, torch.bool)
-        context = {"x": xf[:, :n], "y": yf[:, :n], "mask": mask[:, :n]}
-        prediction = sample_curves(model, context, xf, samples, generator(i, 7))
-        ll = log_likelihood(prediction, yf.repeat_interleave(len(prediction.mean) // len(x), 0))
-        ll = ll.unflatten(0, (len(x), -1))
-        ll = ll.logsumexp(1) - math.log(ll.shape[1])  # (B, N, D)
-        mean, std = mixture(prediction, len(x))
-        inside = (yf - mean).abs() < 1.96 * std
-        scores = {"target_ll": ll[:, n:][mask[:, n:]].mean(),
-                  "context_ll": ll[:, :n][mask[:, :n]].mean(),
-                  "coverage": inside[:, n:][mask[:, n:]].float().mean()}
+    if data is not None:
+        windows = ((*xym, None, n, "series") for *xym, n in data.windows())
+        return itertools.islice(windows, count) if count else windows
+    return ((x, y, None, (kernel, hyper), n, kernel) for kernel in curves.KERNELS
+            for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed))
+
+
+@torch.no_grad()
+def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 50) -> dict:
+    """Log-likelihood per value and label, of the model and of exact GP posteriors: see LEGEND.
+
+    autoregressive: the joint one instead: targets one by one in a seeded random order, each given
+    the true ones before it.
+    """
+    from data import curves
+    parts, device = [], model.freqs.device
+    for i, (x, y, mask, true, n, label) in shard(cases):
+        gen = generator(i, 7)
+        if autoregressive:  # the targets in their order
+            order = torch.cat((torch.arange(n), n + torch.randperm(x.shape[1] - n, generator=gen)))
+            x, y, mask = x[:, order], y[:, order], None if mask is None else mask[:, order]
+        xs, ys = x.float().to(device), y.float().to(device)
+        known = torch.ones_like(ys) if mask is None else mask.to(ys)
+        given = lambda n: {"x": xs[:, :n], "y": ys[:, :n], "mask": known[:, :n]}
         seen, rest = (x[:, :n], y[:, :n]), (x[:, n:], y[:, n:])
+        mean = lambda v, known: (v * known).sum() / known.sum()
+        if autoregressive:
+            ll = [mixture_log_likelihood(
+                sample_curves(model, given(j), xs[:, j : j + 1], samples, gen), ys[:, j : j + 1])
+                for j in range(n, x.shape[1])]
+            scores = {"joint_ll": mean(torch.cat(ll, 1), known[:, n:])}
+            if true:
+                scores["gp_joint"] = curves.joint_log_likelihood(true[0], *seen, *rest,
+                                                                 true[1]).mean()
+            parts.append((i, (label,), scores))
+            continue
+        prediction = sample_curves(model, given(n), xs, samples, gen)
+        ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
+        inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
+        scores = {"target_ll": mean(ll[:, n:], known[:, n:]),
+                  "context_ll": mean(ll[:, :n], known[:, :n]),
+                  "coverage": mean(inside[:, n:], known[:, n:])}
         if true:
             posterior = curves.gp_posterior(true[0], *seen, rest[0], true[1])
             scores["gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
@@ -2142,15 +2158,23 @@ def evaluate_curves(model, tests, device: Device, samples: int = 50) -> dict:
     return mean_scores(parts, "sets")
 
 
-def curve_tests(data, count: int, seed: int = 0):
-    """Sets to score curves on: of every kernel, or windows of a set of series."""
-    from data import curves
-    if data is not None:
-        yield from ((*xym, None, n, "series") for *xym, n in data.windows())
-        return
-    for kernel in curves.KERNELS:
-        for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed):
-            yield x, y, None, (kernel, hyper), n, kernel
+LEGEND = {
+    "psnr": "dB, mean over pictures +- standard error, of values clamped to [0, 1]",
+    "psnr_unclamped": "the same of values as they are",
+    "coverage": "part of the values in the central 95 % of the prediction",
+    "nearest": "dB of every pixel with the color of the nearest seen one",
+    "white": "dB of a white picture", "context_view": "dB of the first context view",
+    "large": "dB at the true larger image's size, of the function there",
+    "large_bicubic": "the same of its own small picture enlarged",
+    "truth_bicubic": "the same of the true small picture enlarged",
+    "target_ll": "marginal log-likelihood per target, given the context alone",
+    "context_ll": "the same of the context's own points",
+    "gp": "the exact posterior of the true kernel, the ceiling",
+    "fitted_gp": "an RBF kernel fitted to each context",
+    "joint_ll": "joint log-likelihood per target, each given the true ones before it",
+    "gp_joint": "the exact joint of the true kernel, the ceiling",
+    "sets": "each of up to 16 curves, with one context size",
+}
 
 
 # ------------------------------------------------------------------------- rendering
@@ -2170,17 +2194,17 @@ def decode_depth(model, code, query, z=None) -> Rendering:
     return Rendering(color, depth.unsqueeze(-1), opacity.unsqueeze(-1))
 
 
-def prediction_panels(model, context, query, target, side) -> list[Tensor]:
+def prediction_panels(model, case: Case) -> list[Tensor]:
     """Pictures (H, W, 3) of one signal: what was seen, the truth, and the model's prediction."""
-    cfg, code = model.cfg, model.encode(context)
-    fold = lambda pixels: pixels[0].unflatten(0, side).expand(-1, -1, 3)
-    truth = fold(target[:, 0])
+    cfg, code, context = model.cfg, model.encode(case.context), case.context
+    fold = lambda pixels: pixels[0].unflatten(0, (cfg.image_size,) * 2).expand(-1, -1, 3)
+    truth = fold(case.target[:, 0])
     if "images" in context:
-        part = select_queries(query, slice(0, side[0] * side[1]))
+        part = select_queries(case.query, slice(0, cfg.image_size**2))
         view = predict(model, code, part, decode=functools.partial(decode_depth, model))
         depth = (cfg.far - view.depth - (1 - view.opacity) * cfg.far) / (cfg.far - cfg.near)
         return [context["images"][0, 0].movedim(0, -1), truth, fold(view.mean), fold(depth)]
-    prediction = predict(model, code, query)
+    prediction = predict(model, code, case.query)
     out = [truth, fold(prediction.mean)]
     if "mask" in context:
         image, mask = context["image"], context["mask"]
@@ -2195,54 +2219,94 @@ def sample_pictures(model, data, device: Device, count: int = 12):
     """Held-out signals: truth above prediction, or plots of curves, as one picture (uint8)."""
     from data import pictures
     if model.cfg.task == "gp":
-        rows = [curve_picture(model, x[0, :n].float(), y[0, :n].float(), (x[0, n:], y[0, n:]))
-                for x, y, _, _, n, _ in itertools.islice(curve_tests(data, 2), 6)]
-        return pictures.image_grid([rows[:3], rows[3:]])
-    tests, size = (scene_tests if model.cfg.task == "nvs" else image_tests), len(data)
-    only = sorted({i * size // count for i in range(count)})
-    side, columns = (model.cfg.image_size,) * 2, []
-    for context, query, target, *_ in tests(model, data, device.name, only, 1):
-        columns.append(prediction_panels(model, context, query, target, side))
-        if len(columns) == count:
-            break
+        rows = []
+        for x, y, mask, _, n, _ in itertools.islice(curve_cases(data, 2), 6):
+            x, y = x[0].float(), y[0].float()
+            mask = torch.ones_like(y) if mask is None else mask[0]
+            rows.append(curve_plots(model, *((v[:n], v[n:]) for v in (x, y, mask))))
+        return pictures.image_grid([sum(rows[:3], []), sum(rows[3:], [])])
+    only = sorted({i * len(data) // count for i in range(count)})
+    cases = scene_cases if model.cfg.task == "nvs" else image_cases
+    cases = [case for case in cases(model, data, device.name, only, batch=1)]
+    part = [case for case in cases if "30% seen" in case.label] or cases
+    columns = (prediction_panels(model, case) for case in part[:count])
     return pictures.image_grid([[pictures.enlarge(pictures.to_uint8(p)) for p in row]
                                 for row in zip(*columns)])
 
 
 @torch.no_grad()
-def curve_picture(model, x, y, held_out=None, size=(480, 320), units=None, **names):
-    """Plot of a context (N, 1), (N, 1) in training units: mean, 95 % band, samples (uint8).
+def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction, Tensor]:
+    """A context x (N, 1), y and mask (N, D) -> a grid (K, 1) over [-2, 2], Prediction (K, D) on it,
+    and the mean of each of up to 5 latent samples (S, K, D)."""
+    grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
+    context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
+    draws = sample_curves(model, context, grid, 32, generator(8))
+    band = Prediction(*(v[0] for v in mixture(draws, 1)))
+    return grid[0], band, draws.mean[:5] if len(draws.mean) > 1 else draws.mean[:0]
 
-    units (x offset, x scale, y offset, y scale): what the axes show instead.
+
+def curve_plots(model, x, y, mask, size=(480, 320), units=None, x_name="x", y_names=None,
+                origin=None) -> list:
+    """A plot of every value (uint8): mean, 95 % band, samples, context and held-out points.
+
+    x, y, mask: pairs of context (N, .) and held-out points (M, .) in training units; units: those
+    of data.curves.standardise, which the axes show instead.
     """
     from data import pictures
-    grid = torch.linspace(-2, 2, 256)[None, :, None].to(model.freqs)
-    context = {"x": x[None].to(grid), "y": y[None].to(grid)}
-    draws = sample_curves(model, context, grid, 32, generator(8))
-    mean, std = (v[0, :, 0] for v in mixture(draws, 1))
-    a, b, c, d = units or (0.0, 1.0, 0.0, 1.0)
-    in_x, in_y = lambda v: v.double() * b + a, lambda v: v.double() * d + c
-    samples = [in_y(v) for v in draws.mean[:5, :, 0]] if len(draws.mean) > 1 else []
-    held_out = held_out and (in_x(held_out[0].flatten()), in_y(held_out[1][:, 0]))
-    return pictures.curve_plot(
-        in_x(grid[0, :, 0]), in_y(mean), in_y(mean - 1.96 * std), in_y(mean + 1.96 * std), samples,
-        (in_x(x.flatten()), in_y(y[:, 0])), held_out, size, **names)
+    grid, band, draws = curve_band(model, x[0], y[0], mask[0])
+    a, b, c, d = ([float(v) for v in u.flatten()] for u in units) if units else (
+        [0.0], [1.0], [0.0] * y[0].shape[1], [1.0] * y[0].shape[1])
+    in_x, plots = lambda v: v.flatten().double() * b[0] + a[0], []
+    for j in range(y[0].shape[1]):
+        in_y = lambda v: v[..., j].double() * d[j] + c[j]
+        there = [m[:, j] > 0 for m in mask]
+        seen, held_out = ((in_x(u[m]), in_y(v[m])) for u, v, m in zip(x, y, there))
+        plots.append(pictures.curve_plot(
+            in_x(grid), in_y(band.mean), in_y(band.mean - 1.96 * band.std),
+            in_y(band.mean + 1.96 * band.std), [in_y(v) for v in draws], seen,
+            held_out if len(held_out[0]) else None, size, x_name,
+            y_names[j] if y_names else "y", origin))
+    return plots
+
+
+def table_parts(model, table) -> list[tuple]:
+    """A series in neighboring parts that a model reads, standardised: (x, y, mask, units) each."""
+    from data import curves
+    if table.y.shape[1] < model.cfg.n_values:
+        raise ValueError(f"this model is of {model.cfg.n_values} values, and the table has "
+                         f"{table.y.shape[1]}; give --columns x,y1,y2")
+    y, mask = (v[:, : model.cfg.n_values] for v in (table.y, table.mask))
+    there = mask.any(1)
+    x, y, mask = table.x[there], y[there], mask[there]
+    most = curves.MAX_CONTEXT if model.cfg.n_values == 1 else WINDOW
+    parts = []
+    for i in x[:, 0].argsort(stable=True).tensor_split(-(-len(x) // most)):
+        xs, ys, units = curves.standardise(x[i], y[i], mask[i])
+        parts.append((xs, ys, mask[i], units))
+    return parts
 
 
 def render_curve(model, table, width: int):
-    """Plot of a series; of a long one several, row by row, each of up to 46 neighbors (uint8)."""
-    from data import curves, pictures
-    x, y = table.x[table.mask[:, 0]], table.y[table.mask[:, 0], :1]
-    count = -(-len(x) // curves.MAX_CONTEXT)
+    """Plots of a series, one a value; of a long one several, row by row (uint8)."""
+    from data import pictures
     plots = []
-    for i in x[:, 0].argsort(stable=True).tensor_split(count):
-        xs, ys, units = curves.standardise(x[i], y[i])
-        plots.append(curve_picture(
-            model, xs, ys, size=(width, width * 2 // 3),
-            units=[float(v.flatten()[0]) for v in units],
-            x_name=table.x_name, y_name=table.y_names[0], dates_origin=table.origin))
-    columns = math.isqrt(count - 1) + 1
-    return pictures.image_grid([plots[i : i + columns] for i in range(0, count, columns)])
+    for *xym, units in table_parts(model, table):
+        plots += curve_plots(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
+                             table.x_name, table.y_names, table.origin)
+    columns = math.isqrt(len(plots) - 1) + 1
+    return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
+
+
+def tabulate_curve(model, table) -> dict:
+    """{column: numbers} of a series' prediction in its units: x, mean and std of every value."""
+    columns = {}
+    for *xym, (a, b, c, d) in table_parts(model, table):
+        grid, band, _ = curve_band(model, *xym)
+        columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
+        for j, name in enumerate(table.y_names[: model.cfg.n_values]):
+            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d)):
+                columns.setdefault(f"{name} {kind}", []).append(v[:, j])
+    return {k: torch.cat(v).double().numpy() for k, v in columns.items()}
 
 
 def read_context(model, path) -> tuple[dict, tuple[int, int]]:
@@ -2254,47 +2318,46 @@ def read_context(model, path) -> tuple[dict, tuple[int, int]]:
 
 
 @torch.no_grad()
-def render_image(model, source, size: int, tto: int = 0):
-    """A photo through the model, its longer side `size` pixels: (H, W, 3) uint8.
+def render_image(model, code: dict, height: int, width: int):
+    """The picture (height, width, 3) uint8 of an image's code, row by row.
 
-    The function lives on (-1, 1)^2, whatever the photo's shape; memory grows by the picture alone.
+    The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
     """
-    context, shape = read_context(model, source)
-    code = model.encode(context)
-    code = optimize(model, code, context, tto) if tto else code
     z = model.latents(code, {})[0] if model.cfg.model == "vnp" else None
-    height, width = (max(1, round(n * size / max(shape))) for n in shape)
     rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
                   for n in (height, width))
-    step, parts = max(1, (1 << 16) // width), []
-    for i in range(0, height, step):
-        coords = torch.cartesian_prod(rows[i : i + step], cols)[None]
-        values = model.decode(code, {"coords": coords}, z=z).mean.clamp(0, 1)
-        parts.append((values * 255).round().byte().cpu().view(-1, width, 3))
+    parts = []
+    for some in track(rows.split(max(1, (1 << 16) // width)), "rendering"):
+        values = model.decode(code, {"coords": torch.cartesian_prod(some, cols)[None]}, z=z).mean
+        parts.append((values.clamp(0, 1) * 255).round().byte().cpu().view(-1, width, 3))
     return torch.cat(parts).numpy()
 
 
-@torch.no_grad()
-def render_scene(model, scene, size: int, frames: int = 36, tto: int = 0, cameras=None) -> list:
-    """Views (S, S, 3) uint8 of a scene encoded from its first views: of `cameras`, or a turntable.
-
-    The turntable is a circle at the elevation of the first view.
-    """
-    n, device = model.cfg.n_views, model.freqs.device
+def scene_context(model, scene) -> dict:
+    """The first views of a scene, as many as a model reads. Errors: ValueError if it has fewer."""
+    n = model.cfg.n_views
     if len(scene.images) < n:
         raise ValueError(f"{len(scene.images)} views, but this model reads {n}; give more, or "
                          "take a model with fewer --views")
-    context = to_device({"images": scene.images[None, :n].float() / 255,
-                         "poses": scene.poses[None, :n], "focals": scene.focals[None, :n]}, device)
-    code = model.encode(context)
-    code = optimize(model, code, context, tto) if tto else code
-    eye, z, views = scene.poses[0, :, 3], None, []
-    flat, start = float(eye[:2].norm().clamp(min=1e-3)), math.atan2(eye[1], eye[0])
-    angles = (start + 2 * math.pi * i / frames for i in range(frames))
-    poses, focals = cameras or (
-        [look_at(torch.tensor([flat * math.cos(a), flat * math.sin(a), float(eye[2])]))
-         for a in angles], scene.focals[:1].expand(frames, 2) * size / scene.images.shape[-1])
-    for pose, focal in zip(poses, focals):
+    context = {"images": scene.images[None, :n] / 255, "poses": scene.poses[None, :n],
+               "focals": scene.focals[None, :n]}
+    return to_device(context, model.freqs.device)
+
+
+def turntable(scene, size: int, frames: int = 36) -> tuple[Tensor, Tensor]:
+    """Poses and focals of cameras on a circle at the elevation of a scene's first view."""
+    eye = scene.poses[0, :, 3]
+    flat, start = eye[:2].norm().clamp(min=1e-3), torch.atan2(eye[1], eye[0])
+    angles = start + 2 * math.pi * torch.arange(frames) / frames
+    poses = [look_at(torch.stack((flat * a.cos(), flat * a.sin(), eye[2]))) for a in angles]
+    return torch.stack(poses), scene.focals[:1].expand(frames, 2) * size / scene.images.shape[-1]
+
+
+@torch.no_grad()
+def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) -> list:
+    """Views (size, size, 3) uint8 of a scene's code from cameras (F, 3, 4), (F, 2)."""
+    z, views = None, []
+    for pose, focal in track(list(zip(poses, focals)), "rendering"):
         rays_o, rays_d = (r.flatten(0, 1)[None].to(model.freqs)
                           for r in camera_rays(pose, focal, size, size))
         query = {"rays_o": rays_o, "rays_d": rays_d}
@@ -2342,23 +2405,28 @@ def attention_picture(model, context: dict):
 
 
 class Commands(click.Group):
-    """Errors of the user's making end in one line and exit code 2, a failed run's in 1."""
+    """Commands whose errors end in one line: exit code 2 where they are the user's, else 1."""
 
     def invoke(self, ctx):
         keep_memory()
-        try:
-            return super().invoke(ctx)
-        except RunFailed as e:
-            self.fail(ctx, e, 1)
-        except (ValueError, OSError, MemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
-                raise
-            more = "; out of memory: take a smaller batch, model or size"
-            self.fail(ctx, f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2)
+        return in_one_line(ctx, super().invoke)
 
-    def fail(self, ctx, error, code):
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        ctx.exit(code)
+
+def in_one_line(ctx, invoke):
+    """Invoke a command; what is the user's to mend is told in one line."""
+    try:
+        return invoke(ctx)
+    except KeyboardInterrupt:
+        error, code = "stopped; files are written whole or not at all", 130
+    except RunFailed as e:
+        error, code = e, 1
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
+            raise
+        more = "; out of memory: take a smaller batch, model or size"
+        error, code = f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2
+    click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+    ctx.exit(code)
 
 
 def keep_memory():
@@ -2373,16 +2441,20 @@ def keep_memory():
         libc.mallopt(-4, 0)  # ... and (M_MMAP_MAX) holds large blocks, too
 
 
+def track(items, label: str, length: int | None = None):
+    """The items, with a progress bar of the main process where there is a terminal."""
+    hidden = not (is_main_process() and sys.stderr.isatty())
+    with click.progressbar(items, length, label, file=sys.stderr, hidden=hidden) as bar:
+        yield from bar
+
+
 @click.group(cls=Commands, context_settings={"max_content_width": 100})
 def cli():
     """Generalizable implicit neural representations: TransINR and VNP; images, scenes, curves."""
 
 
-BUNDLED = {"image": "emoji64.zip", "nvs": "furniture64.zip"}
-
-
 def open_data(cfg: ModelConfig, path, split: str, recipe=None, limit: int = 0, zoom: int = 1):
-    """The signals of one split: of a folder, zip or table, or of the bundled set.
+    """The signals of one split (or of "all"): of a folder, zip or table, or of the bundled set.
 
     None: curves that are drawn from Gaussian processes. The layout is printed.
     """
@@ -2398,23 +2470,52 @@ def open_data(cfg: ModelConfig, path, split: str, recipe=None, limit: int = 0, z
     elif cfg.task == "image":
         from data.images import ImageSet
         crop = bool(recipe and recipe.random_crop and split == "train")
-        data = ImageSet(path or Path(__file__).parent / "data" / BUNDLED["image"], split,
-                        cfg.image_size, zoom, crop, limit, cfg.image_size // cfg.patch)
+        data = ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
+                        cfg.image_size // cfg.patch)
     else:
         from data.scenes import SceneSet
-        data = SceneSet(path or Path(__file__).parent / "data" / BUNDLED["nvs"], split,
-                        cfg.image_size, cfg.n_views + 1, recipe.train_views if recipe else 0, limit)
+        data = SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
+                        recipe.train_views if recipe else 0, limit)
     click.echo(data.source)
     return data
 
 
-def score(model, data, device: Device, tto=0, count=50, seed=0) -> dict:
-    """The task's scores on a split: PSNR, or log-likelihood on `count` sets of 16 curves."""
-    if model.cfg.task == "gp":
-        if tto:
-            raise ValueError("--tto is for images and scenes; leave it out for curves")
-        return evaluate_curves(model, curve_tests(data, count, seed), device)
-    return evaluate(model, data, device, tto)
+def score(model, data, device: Device, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
+    """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
+
+    count: of images and scenes only the first so many, 0 all. pairs: random (context, target)
+    views of every scene.
+    """
+    task = model.cfg.task
+    for name, value, of in (("tto", tto, ("image", "nvs")), ("pairs", pairs, ("nvs",)),
+                            ("autoregressive", autoregressive, ("gp",))):
+        if value and task not in of:
+            raise ValueError(f"--{name} is for {' and '.join(of)}; leave it out for {task}")
+    if task == "gp":
+        cases = curve_cases(data, count if data else count or 50, seed)
+        return evaluate_curves(model, track(cases, "scoring"), autoregressive)
+    only = range(min(count or len(data), len(data)))
+    if task == "image":
+        return evaluate(model, track(image_cases(model, data, device.name, only), "scoring"), tto)
+    cases = scene_cases(model, data, device.name, only, pairs)
+    return evaluate(model, track(cases, "scoring", len(only)), tto)
+
+
+def report(scores: dict):
+    """Print scores {label: {name: value}} as a table, mean +- standard error, and its legend."""
+    names = {}
+    for label, row in scores.items():
+        words = []
+        for name, value in row.items():
+            if not name.endswith("_se"):
+                error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
+                words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
+                             f"{name} {value}")
+                names[name] = None
+        click.echo(f"{label:>12}  " + "  ".join(words))
+    for name in names:
+        if name in LEGEND:
+            click.echo(f"  {name}: {LEGEND[name]}")
 
 
 def banner(run: Run):
@@ -2431,23 +2532,11 @@ def banner(run: Run):
     click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads; {run.device.why}")
 
 
-def report(scores: dict):
-    """Print scores {label: {name: value}} as a table: mean +- standard error."""
-    for label, row in scores.items():
-        words = []
-        for name, value in row.items():
-            if not name.endswith("_se"):
-                error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
-                words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
-                             f"{name} {value}")
-        click.echo(f"{label:>12}  " + "  ".join(words))
-
-
 @cli.command("train")
 @click.option("--task", type=click.Choice(["image", "nvs", "gp"]), help="[default: image]")
 @click.option("--model", type=click.Choice(["transinr", "vnp"]),
               help="[default: vnp for gp, else transinr]")
-@click.option("--preset", default="small", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+@click.option("--preset", help=f"One of {', '.join(PRESETS)}.  [default: small]")
 @click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
 @click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
@@ -2461,89 +2550,31 @@ def report(scores: dict):
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
-def train_command(task, model, preset, data, extra, device, precision, out, resume, overwrite,
-                  smoke, **options):
+def train_command(extra, device, precision, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     if options["steps"] and options["minutes"]:
         raise ValueError("--steps and --minutes exclude each other; give one")
     given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
     if smoke:
         given = {"steps": 3, "batch_size": 2} | given
-    for name in ("steps", "minutes", "epochs"):  # the one that is given counts alone
-        if given.get(name):
-            given = dict.fromkeys(("steps", "minutes", "epochs"), 0) | given
-    cfg, recipe = make_config(preset, task, model, **given)
-    if not recipe.steps and not recipe.minutes and not recipe.epochs:
-        raise ValueError("steps, minutes and epochs are all 0; give one of them")
+    if any(given.get(name) for name in LENGTHS):  # the one that is given counts alone
+        given = dict.fromkeys(LENGTHS, 0) | given
+    cfg, recipe = make_config(**{k: v for k, v in given.items() if k != "data"})
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
+    path, ckpt = given.get("data"), None
+    if resume:
+        cfg, recipe, path, ckpt = read_run(out / "ckpt.pt", given)
+    elif (out / "ckpt.pt").exists() and not (overwrite or smoke):
+        raise ValueError(f"{out} holds a run already; choose another --out, go on with --resume, "
+                         "or replace it with --overwrite")
+    if not any(getattr(recipe, name) for name in LENGTHS):
+        raise ValueError("steps, minutes and epochs are all 0; give one of them")
     device = choose_device(device, precision)
-    with processes(device.name):
-        start_run(cfg, recipe, device, data, out, resume, overwrite or smoke, 4 if smoke else 0)
+    with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
+        run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
 
 
-def start_run(cfg, recipe, device, path, out: Path, resume: bool, overwrite: bool, limit: int):
-    """One process's part of a run in the folder `out`; limit: so many signals, 0: all."""
-    pieces, ckpt = rank_and_world_size()[1] * recipe.grad_accum_steps, None
-    if recipe.batch_size % pieces:
-        raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of processes x "
-                         f"grad_accum_steps = {pieces}; try "
-                         f"{-(-recipe.batch_size // pieces) * pieces}")
-    made = not out.exists()
-    with contextlib.ExitStack() as stack:
-        if is_main_process():
-            ckpt = open_run(cfg, recipe, path, out, resume, overwrite)
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_dir(out))
-        ckpt = broadcast(ckpt)
-        try:
-            train_set = open_data(cfg, path, "train", recipe, limit, recipe.zoom)
-            try:
-                run = Run(cfg, recipe, device, ckpt)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-                reason = str(e).splitlines()[0]
-                raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
-                                 f"({reason})") from e
-        except BaseException:
-            if made and is_main_process():
-                out.rmdir()  # it is empty
-            raise
-        run.data = str(path or "")
-        if is_main_process():
-            truncate_log(out, run.step)
-        banner(run)
-        train_and_score(run, train_set, path, out, limit)
-
-
-def train_and_score(run: Run, train_set, path, out: Path, limit: int):
-    """Train to the end, draw samples.png and print the scores on the test split."""
-    cfg, recipe = run.cfg, run.recipe
-    if cfg.task == "gp":
-        from data.curves import sampler
-        draw, size = (train_set.draw if train_set else sampler(recipe.kernel)), 100_000
-    else:
-        draw, size = train_set, len(train_set)
-    batches = functools.partial(BATCHES[cfg.task], cfg, recipe, draw)
-    steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
-    ended = train(run, batches, out, steps, recipe.minutes)
-    if ended:
-        again = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")]
-                           + ["--resume"])
-        by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-              if dist.is_initialized() else "python")
-        return click.echo(f"{ended}: saved step {run.step}; go on with\n  {by} {again}")
-    from data import pictures
-    run.model.eval()
-    if run.device.name == "cuda":
-        torch.set_float32_matmul_precision("highest")
-    test_set = open_data(cfg, path, "test", limit=limit)
-    if is_main_process():
-        samples = sample_pictures(run.model, test_set, run.device)
-        with atomic(out / "samples.png") as part:
-            pictures.write([samples], part, "PNG")
-    scores = score(run.model, test_set, run.device, count=limit or 50)
-    click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; test split:")
-    report(scores)
-    click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png")
+LENGTHS = ("steps", "minutes", "epochs")  # of a run
 
 
 def parse_fields(pairs) -> dict:
@@ -2562,83 +2593,143 @@ def parse_fields(pairs) -> dict:
     return out
 
 
-def open_run(cfg, recipe, path, out: Path, resume: bool, overwrite: bool) -> dict | None:
-    """The checkpoint in `out` to go on from, if the run shall be resumed.
+def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | None, dict]:
+    """Config, recipe, data and checkpoint of the run to resume; its length may be given anew.
 
-    Errors: ValueError where another run would be lost, or the one to resume differs.
+    Errors: ValueError where there is none, or a given field differs from the run's.
     """
-    file = out / "ckpt.pt"
     if not file.exists():
-        if resume:
-            raise ValueError(f"{file}: nothing to resume; train without --resume first")
-        return None
-    if not resume:
-        if not overwrite:
-            raise ValueError(f"{out} holds a run already; choose another --out, go on with "
-                             "--resume, or replace it with --overwrite")
-        return None
-    ckpt = read_checkpoint(file)
+        raise ValueError(f"{file}: nothing to resume; train without --resume first")
+    ckpt, free = read_checkpoint(file), (*LENGTHS, "grad_accum_steps")
     try:
-        old = ckpt["config"] | ckpt["recipe"]
-        ckpt["optimizers"], ckpt["step"], ckpt["elapsed"]
-    except (KeyError, TypeError) as e:
+        cfg = ModelConfig(**ckpt["config"])
+        recipe = TrainConfig(**ckpt["recipe"] | {k: v for k, v in given.items() if k in free})
+        old = asdict(cfg) | asdict(recipe) | {"data": ckpt["data"]}
+        ckpt["optimizers"], int(ckpt["step"]), float(ckpt["elapsed"])
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: not of a run that can be resumed ({e}); choose another "
                          "--out") from e
-    free = ("steps", "minutes", "epochs", "grad_accum_steps")  # what may change on the way
-    new = asdict(cfg) | asdict(recipe) | {"data": str(path or "")}
-    for name, value in (old | {"data": ckpt.get("data", "")}).items():
-        if name not in free and new.get(name) != value:
-            raise ValueError(f"{out} holds a run with {name}={value!r}, not {new.get(name)!r}; "
-                             "resume it with the same options, or choose another --out")
-    return ckpt
+    for name, value in given.items():
+        if name not in free and old[name] != value:
+            raise ValueError(f"{file} is of a run with {name}={old[name]!r}, not {value!r}; resume "
+                             "it without this option, or choose another --out")
+    return cfg, recipe, ckpt["data"] or None, ckpt
 
 
 @contextlib.contextmanager
-def lock_dir(out: Path):
-    """Exclusive lock on the run folder; released when the process dies. Not on Windows."""
-    try:
+def locked(out: Path):
+    """A folder, made if need be, with an exclusive lock until the process ends (not on Windows).
+
+    It is removed again if nothing was written to it.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    fd = None
+    with contextlib.suppress(ImportError):
         import fcntl
-    except ImportError:
-        yield
-        return
-    fd = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{out}: another run writes to this folder; choose another --out, or "
-                         "wait for its end") from None
-    except OSError:  # a file system without locks
-        pass
+        fd = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise ValueError(f"{out}: another run writes to this folder; choose another --out, or "
+                             "wait for its end") from None
+        except OSError:  # a file system without locks
+            pass
     try:
         yield
     finally:
-        os.close(fd)
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+        if fd is not None:
+            os.close(fd)
 
 
-def truncate_log(out: Path, step: int):
-    """Remove what a killed run left half-written, and its log lines after a step."""
-    for part in out.glob(".ckpt.pt.*.part"):
+def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
+    """Train in the folder `out`, then draw samples.png and print the scores of the val split.
+
+    limit: so many signals, 0: all.
+    """
+    pieces = rank_and_world_size()[1] * recipe.grad_accum_steps
+    if recipe.batch_size % pieces:
+        raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of processes x "
+                         f"grad_accum_steps = {pieces}; try "
+                         f"{-(-recipe.batch_size // pieces) * pieces}")
+    train_set, val_set = (open_data(cfg, path, split, recipe, limit, recipe.zoom)
+                          for split in ("train", "val"))
+    try:
+        run = Run(cfg, recipe, device, ckpt)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
+                         f"({reason})") from e
+    run.data = str(path or "")
+    if is_main_process():
+        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
+    banner(run)
+    size, draw, val_draw = 100_000, train_set, val_set
+    if cfg.task == "gp":
+        from data.curves import sampler
+        draw, val_draw = (s.draw if s else sampler(recipe.kernel) for s in (train_set, val_set))
+    else:
+        size = len(train_set)
+    plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
+                    train_views=0, seed=1)
+    batches = BATCHES[cfg.task]
+    held_out = list(itertools.islice(  # late steps: no first epoch of the foreground
+        batches(cfg, plain, val_draw, device.name, start=10**6), 4))
+    steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
+    ended = train(run, functools.partial(batches, cfg, recipe, draw), out, steps, recipe.minutes,
+                  held_out)
+    if ended:
+        by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+              if dist.is_initialized() else "python")
+        again = f"{by} {shlex.quote(sys.argv[0])} train --resume --out {shlex.quote(str(out))}"
+        return click.echo(f"{ended}: saved step {run.step}; go on with\n  {again}")
+    from data import pictures
+    run.model.eval()
+    if device.name == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    if is_main_process():
+        samples = sample_pictures(run.model, val_set, device)
+        with atomic(out / "samples.png") as part:
+            pictures.write([samples], part, "PNG")
+    scores = score(run.model, val_set, device, count=limit, seed=1)
+    click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
+    report(scores)
+    click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
+               f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt")
+
+
+def truncate_log(log: Path, step: int) -> float:
+    """Remove what a killed run left half-written, and its log lines after a step.
+
+    Returns the seconds that had passed at the last line that stays.
+    """
+    for part in log.parent.glob(".ckpt.pt.*.part"):
         part.unlink()
-    log, keep = out / "log.jsonl", []
+    keep, elapsed = [], 0.0
     for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
+                elapsed = float(json.loads(line)["elapsed"])
                 keep.append(line + "\n")
     if log.exists():
         with atomic(log) as part:
             part.write_text("".join(keep))
+    return elapsed
 
 
 def write_json(path, value):
-    """Write a value to a file beside its place, then rename it; nothing without a path."""
+    """Write a value to a file beside its place, then rename it; what is not finite is null."""
     def plain(v):
         if isinstance(v, dict):
             return {k: plain(w) for k, w in v.items()}
         return None if isinstance(v, float) and not math.isfinite(v) else v
 
-    if path:
-        with atomic(path) as part:
-            part.write_text(json.dumps(plain(value), indent=1) + "\n")
+    with atomic(path) as part:
+        part.write_text(json.dumps(plain(value), indent=1) + "\n")
 
 
 @cli.command("eval")
@@ -2647,21 +2738,30 @@ def write_json(path, value):
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test",
               show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--size", type=click.IntRange(1), help="Only this many signals, or sets of curves.")
+@click.option("--size", type=click.IntRange(0), default=0,
+              help="Only this many signals, or sets of 16 curves.  [default: all, or 50 sets]")
 @click.option("--views", type=click.IntRange(1), help="nvs: context views.")
-@click.option("--zoom", type=click.IntRange(1, 8), default=1, help="images: also score so many "
+@click.option("--pairs", type=click.IntRange(0), default=0,
+              help="nvs: so many random (context, target) views of each object, as published.")
+@click.option("--autoregressive", is_flag=True, help="gp: the joint likelihood of the targets.")
+@click.option("--zoom", type=click.IntRange(1, 8), default=1, help="image: also score so many "
               "times larger.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Write the scores here too.")
-def eval_command(ckpt, data, split, tto, size, views, zoom, device, json_file):
+def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoom, device,
+                 json_file):
     """Score a checkpoint on a split of a set of signals."""
     device = choose_device(device)
     with processes(device.name):
         model = load_for(ckpt, device, views)
-        signals = open_data(model.cfg, data, split, limit=size or 0, zoom=zoom)
-        scores = score(model, signals, device, tto, size or 50, {"test": 0, "val": 1}.get(split, 2))
+        if zoom > 1 and model.cfg.task != "image":
+            raise ValueError(f"--zoom is for image; leave it out for {model.cfg.task}")
+        signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
+        seed = {"test": 0, "val": 1, "train": 2}[split]
+        scores = score(model, signals, device, tto, size, pairs, autoregressive, seed)
         report(scores)
-        write_json(json_file if is_main_process() else None, scores)
+        if json_file and is_main_process():
+            write_json(json_file, scores)
 
 
 def load_for(ckpt, device: Device, views=None) -> nn.Module:
@@ -2677,48 +2777,119 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
 @cli.command("render")
 @click.argument("ckpt", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="Picture, .npz or .csv.")
 @click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
 @click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
 @click.option("--device", default="auto", show_default=True)
+@torch.no_grad()
 def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, table -> plot.
 
     An object is a folder of posed views, such a folder within a zip, as set.zip/class/id, or one
-    bare photo. An OUT without a suffix becomes a folder of PNGs. A long series becomes several
-    plots, each of up to 46 neighboring points.
+    bare photo. A long series becomes several plots, each of up to 46 neighboring points. An OUT
+    without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
+    prediction, which .csv holds, too.
     """
     from data import curves, pictures, scenes
-    model = load_for(ckpt, choose_device(device), views)
-    form = pictures.picture_format(out, animated=model.cfg.task == "nvs")
-    if model.cfg.task == "image":
-        drawn = [render_image(model, source, size, tto)]
-    elif model.cfg.task == "gp":
-        if tto:
-            raise ValueError("--tto is for images and scenes; leave it out for curves")
+    model, numbers = load_for(ckpt, choose_device(device), views), Path(out).suffix == ".npz"
+    cfg, code = model.cfg, {}
+    table_wanted = cfg.task == "gp" and (numbers or Path(out).suffix == ".csv")
+    form = "npz" if numbers or table_wanted else pictures.picture_format(out, cfg.task == "nvs")
+    for name, value, of in (("tto", tto, ("image", "nvs")), ("pose", pose, ("nvs",)),
+                            ("columns", columns, ("gp",))):
+        if value and cfg.task not in of:
+            raise ValueError(f"--{name} is for {' and '.join(of)}; leave it out for {cfg.task}")
+    if cfg.task == "gp":
         table = curves.read_table(source, columns)
-        for note in table.notes:
-            click.echo(note)
-        drawn = [render_curve(model, table, size)]
+        click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
+        drawn = tabulate_curve(model, table) if table_wanted else [render_curve(model, table, size)]
+    elif cfg.task == "image":
+        context, shape = read_context(model, source)
+        code = encode_for(model, context, tto)
+        drawn = [render_image(model, code, *(max(1, round(n * size / max(shape))) for n in shape))]
     else:
-        side = model.cfg.image_size
-        if Path(source).is_file() and not str(source).endswith((".zip", ".json")):
-            scene = scenes.photo_scene(source, side)
-        else:
-            scene = scenes.read_scene(*scenes.find_scene(source), side)
-        if scene.note:
-            click.echo(scene.note)
-        cameras = scenes.read_cameras(pose, size, scene) if pose else None
-        drawn = render_scene(model, scene, size, tto=tto, cameras=cameras)
+        photo = Path(source).is_file() and not str(source).endswith((".zip", ".json"))
+        scene = (scenes.photo_scene(source, cfg.image_size) if photo else
+                 scenes.read_scene(*scenes.find_scene(source), cfg.image_size))
+        click.echo(scene.note, nl=bool(scene.note))
+        cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
+        code = encode_for(model, scene_context(model, scene), tto)
+        drawn = render_scene(model, code, *cameras, size)
     if form == "folder":
         pictures.write(drawn, out, form)
     else:
         with atomic(out) as part:
-            pictures.write(drawn, part, form)
+            if form == "npz":
+                write_numbers(drawn if table_wanted else {"pixels": drawn} | code, part, out)
+            else:
+                pictures.write(drawn, part, form)
     click.echo(f"wrote {out}")
+
+
+def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
+    """The code of a context, refined on it by `tto` steps."""
+    code = model.encode(context)
+    return optimize(model, code, context, tto) if tto else code
+
+
+def write_numbers(columns: dict, part: Path, out: str):
+    """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
+    import numpy as np
+    columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
+    with open(part, "wb") as f:
+        if out.endswith(".npz"):
+            np.savez(f, **columns)
+        else:
+            np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",",
+                       header=",".join(columns), comments="")
+
+
+@cli.command("encode")
+@click.argument("ckpt", type=click.Path())
+@click.argument("source", metavar="FOLDER", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="The .npz to write.")
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--device", default="auto", show_default=True)
+@torch.no_grad()
+def encode_command(ckpt, source, out, tto, views, device):
+    """Store the codes of all signals of a FOLDER or zip in an .npz: `names`, and (N, ...) arrays.
+
+    The code of a TransINR is an MLP's weights, that of a VNP its tokens. Of a scene the first
+    views are read, of a series its first window.
+    """
+    if not str(out).endswith(".npz"):
+        raise ValueError(f"{out}: codes are written as .npz; choose such a name")
+    device = choose_device(device)
+    model = load_for(ckpt, device, views)
+    data = open_data(model.cfg, source, "all")
+    codes = [encode_for(model, to_device(context, device.name), tto)
+             for context in track(contexts(model.cfg, data), "encoding", len(data))]
+    columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
+    with atomic(out) as part:
+        write_numbers({"names": data.names} | columns, part, out)
+    click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
+
+
+def contexts(cfg: ModelConfig, data):
+    """The context of every signal of a set, each as a batch of one, in the order of its names."""
+    from data.curves import standardise
+    for i in range(len(data)):
+        if cfg.task == "image":
+            yield {"image": next(data.batches([([i], 0)]))[0].float() / 255}
+            continue
+        first = int(data.first[i])
+        if cfg.task == "nvs":
+            own = slice(first, first + cfg.n_views)
+            yield {"images": data.images[None, own].float() / 255, "poses": data.poses[None, own],
+                   "focals": data.focals[None, own]}
+        else:
+            own = slice(first, first + min(data.points, int(data.counts[i])))
+            x, y, _ = standardise(data.x[own], data.y[own], data.mask[own])
+            yield {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
 
 
 @cli.command()
@@ -2735,6 +2906,9 @@ def info(ckpt):
     for name in ("step", "elapsed", "data", "epoch"):
         if raw.get(name):
             click.echo(f"{name}: {raw[name]}")
+    record = Path(ckpt).with_suffix(".json")
+    if record.is_file():  # of a stored model
+        click.echo(f"scores and how it was made: {record}")
 
 
 @cli.command()

@@ -13,6 +13,7 @@ checkpoint on all held-out pictures afterwards.
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -40,6 +41,27 @@ AXES = {  # what grows: (task, whether it is encoded or decoded, the first point
     "points encoded": ("gp", "encode", 4)}
 MODELS = "transinr", "vnp"
 MOST_BYTES, MOST_SECONDS = 20e9, 100.0
+
+
+def median_seconds(work, device: str, budget: float = 2.0) -> float:
+    """Median time of work(): two calls to warm up, then as many as `budget` seconds allow."""
+    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
+    for _ in range(2):
+        work()
+    while len(seconds) < 5 or sum(seconds) < budget:
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_flops(dtype, device: str, n: int = 2048, budget: float = 2.0) -> float:
+    """FLOP/s of a product of two n x n matrices."""
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device, budget)
+
 
 def random_batch(cfg, recipe, device: str):
     """Numbers of the shapes that one training step takes: context, query, target."""
@@ -85,14 +107,14 @@ def bench_cell(cfg, recipe, name: str) -> dict:
     run, batch = tinyinr.Run(cfg, recipe, device), random_batch(cfg, recipe, device.name)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run.update(batch, 0.5)  # the counter does not know every fused kernel of attention
-    step = tinyinr.median_seconds(lambda: run.update(batch, 0.5), device.name)
+    step = median_seconds(lambda: run.update(batch, 0.5), device.name)
     memory = peak_memory(device.name)
     model, (context, query, target) = run.model.eval(), batch
     with torch.no_grad():
         code = model.encode(context)
-        encode = tinyinr.median_seconds(lambda: model.encode(context), device.name)
-        decode = tinyinr.median_seconds(lambda: model.decode(code, query), device.name)
-    flops, peak = counter.get_total_flops(), tinyinr.peak_flops(device.dtype, device.name)
+        encode = median_seconds(lambda: model.encode(context), device.name)
+        decode = median_seconds(lambda: model.decode(code, query), device.name)
+    flops, peak = counter.get_total_flops(), peak_flops(device.dtype, device.name)
     size = recipe.batch_size
     return {"cell": f"{cfg.task}-{cfg.model}", "precision": device.why, "step_ms": 1000 * step,
             "signals_per_s": size / step, "gflop": flops / 1e9, "share": flops / step / peak,
@@ -112,7 +134,7 @@ def main(ctx, preset, batch_size, device, json_file):
         return
     tinyinr.check_choice("preset", preset, tinyinr.PRESETS)
     device = tinyinr.choose_device(device).name
-    peaks = {str(dtype)[6:]: tinyinr.peak_flops(dtype, device)
+    peaks = {str(dtype)[6:]: peak_flops(dtype, device)
              for dtype in (torch.float32, torch.bfloat16)}
     click.echo(f"{device}, {torch.get_num_threads()} threads; matrix products of 2,048: "
                + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peaks.items()))
@@ -163,7 +185,7 @@ def measure(axis: str, model: str, n: int) -> tuple[float, float]:
         start = time.perf_counter()
         work()
         if (seconds := time.perf_counter() - start) < 3:
-            seconds = tinyinr.median_seconds(work, "cpu", 1.0)
+            seconds = median_seconds(work, "cpu", 1.0)
     return seconds, peak_memory("cpu") * 2**20
 
 
@@ -221,8 +243,8 @@ def scored(length: float, seed: int, folder: Path) -> list:
         ckpt.write_bytes(data)
         model, minutes = tinyinr.load(ckpt), tinyinr.read_checkpoint(ckpt)["elapsed"] / 60
         test = test or tinyinr.open_data(model.cfg, None, "test")
-        scores = tinyinr.evaluate(model, test, tinyinr.choose_device("cpu"))
-        rows.append((minutes, next(iter(scores.values()))["psnr"]))
+        scores = tinyinr.score(model, test, tinyinr.choose_device("cpu"))
+        rows.append((minutes, scores["all"]["psnr"]))
         click.echo(f"seed {seed}: {minutes:5.2f} minutes {rows[-1][1]:6.2f} dB")
     return rows
 

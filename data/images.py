@@ -186,15 +186,17 @@ def read_photo(path, size: int, least: int = 1) -> tuple[Tensor, tuple[int, int]
 
 
 def split_names(names: list[str], split: str) -> tuple[list[str], str]:
-    """The names of one split (train, val or test), sorted, and in words how the set is divided.
+    """The names of one split (train, val, test or all), sorted, and in words how the set is divided.
 
     CelebA by its official ids; else by folders train, val, test (training, valid, ...) at any
     depth, of which train and another must be there; else by a hash of the name, 80/10/10. Splits
     never overlap: without a test folder val is test; without another val a tenth of train is.
     """
     names, groups = sorted(names), {"train": [], "val": [], "test": []}
+    if split == "all":
+        return names, "all of them"
     if split not in groups:
-        raise ValueError(f"split={split!r} is unknown; choose train, val or test")
+        raise ValueError(f"split={split!r} is unknown; choose train, val, test or all")
     ids = {n: int(Path(n).stem) for n in names
            if "img_align_celeba/" in n and Path(n).stem.isdecimal()}
     if ids:
@@ -243,8 +245,7 @@ class ImageSet(torch.utils.data.Dataset):
         if random_crop and zoom > 1:
             raise ValueError(f"random crops have no zoom, and zoom={zoom}; leave one of them out")
         self.size, self.zoom, self.random_crop, self.least = size, zoom, random_crop, least
-        bundled = [p for p in (DATA / "emoji.zip", DATA / "photos.zip") if p.exists()]
-        paths = [path] if path else bundled or [DATA / "emoji64.zip"]
+        paths = [path] if path else [DATA / "emoji.zip", DATA / "photos.zip"]
         files, sources = [], []
         for tree in map(Tree, paths):
             known = [n for n in tree.names if n.lower().endswith(IMAGE_SUFFIXES)]

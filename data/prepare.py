@@ -514,8 +514,9 @@ def pretrained(run, cores):
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
         "cores": cores or torch.get_num_threads()}
     for key, limit in (("scores", 0), ("part", {"image": 64, "nvs": 3, "gp": 5}[cfg.task])):
-        data = tinyinr.open_data(cfg, ckpt["data"] or None, "test", limit=limit)
-        record[key] = tinyinr.score(tinyinr.load(path), data, device, count=limit or 50)
+        data = tinyinr.open_data(cfg, ckpt["data"] or None, "test", limit=limit,
+                                 zoom=4 if cfg.task == "image" else 1)
+        record[key] = tinyinr.score(tinyinr.load(path), data, device, count=limit)
     tinyinr.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     tinyinr.report(record["scores"])

@@ -463,7 +463,7 @@ class SceneSet:
 
     def __init__(self, path=None, split: str = "train", size: int = 64, min_views: int = 2,
                  max_views: int = 0, limit: int = 0):
-        tree = Tree(path or Path(__file__).parent / "furniture64.zip")
+        tree = Tree(path or Path(__file__).parent / "furniture.zip")
         found = find_scenes(tree)
         chosen, rule = split_scenes(tree, list(found), split) if found else ([], "")
         if not chosen:
