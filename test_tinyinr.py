@@ -50,7 +50,7 @@ from PIL import Image, PngImagePlugin
 
 import export
 import tinyinr
-from data import bench, curves, images, lotka_volterra, page, scenes
+from data import bench, curves, images, lotka_volterra, page, runs, scenes
 from tinyinr import build
 
 ModelConfig, TrainConfig = tinyinr.ModelConfig, tinyinr.TrainConfig
@@ -1421,7 +1421,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_kill_leaves_a_checkpoint_that_l
 
 
 def test_two_runs_in_one_folder_are_kept_apart(trained):
-    with tinyinr.locked(trained[1]), torch.enable_grad():
+    with runs.locked(trained[1]), torch.enable_grad():
         output = run(*TRAIN, "--data", trained[0], "--out", trained[1],
                      "--overwrite", code=2)
     assert "another run writes to this folder" in output
@@ -1798,6 +1798,92 @@ def test_memory_is_kept_between_steps():
                                      capture_output=True, check=True).stdout)
                   for call in ("tinyinr.keep_memory()", ""))
     assert 4 * kept < lost
+
+
+def test_a_run_resumes_by_its_folder_alone_and_validates_every_tenth(trained, tmp_path):
+    data, out = trained
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [1, 2, 3, 4, 5, 6]
+    shutil.copytree(out, tmp_path / "run")
+    with torch.enable_grad():
+        run("train", "--resume", "--out", tmp_path / "run", "--steps", 8)
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert ckpt["step"] == 8 and ckpt["recipe"]["steps"] == 8 and ckpt["data"] == str(data)
+    cfg, held_out = ModelConfig(**ckpt["config"]), images.ImageSet(data, "val", 16)
+    training = tinyinr.Run(cfg, tinyinr.TrainConfig(**ckpt["recipe"]), ckpt=ckpt)
+    image = held_out.pixels.float() / 255
+    target, coords = image.flatten(2).mT, tinyinr.pixel_grid(16, 16)[None]
+    loss, psnr = training.validate([({"image": image}, {"coords": coords}, target)])
+    mse = (training.model({"image": image}, {"coords": coords}).mean - target).square().mean()
+    assert (loss, psnr) == pytest.approx((float(mse), -10 * math.log10(mse)), abs=1e-3)
+
+
+def test_codes_and_predictions_are_written_as_numbers(trained, tmp_path):
+    data, out = trained
+    model = tinyinr.load(out / "ckpt.pt")
+    run("encode", out / "ckpt.pt", data, "-o", tmp_path / "codes.npz")
+    codes = np.load(tmp_path / "codes.npz")
+    assert codes["names"].tolist() == sorted(p.name for p in data.iterdir())
+    context = tinyinr.read_context(model, data / "p3.png")[0]
+    row = codes["names"].tolist().index("p3.png")
+    for name, value in model.encode(context).items():
+        close(torch.from_numpy(codes[name][row]), value[0], 1e-4)
+    run("render", out / "ckpt.pt", data / "p3.png", "-o", tmp_path / "p.npz", "--size", 20)
+    run("render", out / "ckpt.pt", data / "p3.png", "-o", tmp_path / "p.png", "--size", 20)
+    numbers = np.load(tmp_path / "p.npz")
+    assert (numbers["pixels"][0] == np.array(Image.open(tmp_path / "p.png"))).all()
+    close(torch.from_numpy(numbers["wb0"]), model.encode(context)["wb0"], 1e-4)
+
+
+def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
+    model = tiny("gp", "vnp")
+    tinyinr.save(model, tmp_path / "c.pt")
+    (tmp_path / "t.csv").write_text("day,price\n10,100\n20,300\n30,200\n")
+    for name in ("p.csv", "p.npz"):
+        run("render", tmp_path / "c.pt", tmp_path / "t.csv", "-o", tmp_path / name)
+    header, *rows = (tmp_path / "p.csv").read_text().splitlines()
+    rows, npz = np.array([row.split(",") for row in rows], float), np.load(tmp_path / "p.npz")
+    assert header == "day,price mean,price std" and len(rows) == 256
+    np.testing.assert_allclose(rows, np.stack([npz[k] for k in header.split(",")], 1), rtol=1e-6)
+    assert rows[0, 0] == 10 and rows[-1, 0] == 30 and (rows[:, 2] > 0).all()
+    x, y = torch.tensor([[[-2.0], [0.0], [2.0]]]), torch.tensor([[[-1.0], [1.0], [0.0]]])
+    y = y * math.sqrt(3 / 8)  # of mean 0 and standard deviation 0.5
+    grid = torch.linspace(-2, 2, 256)[None, :, None]
+    draws = tinyinr.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
+    scale = 100 / math.sqrt(3 / 8)
+    np.testing.assert_allclose(rows[:, 1], draws.mean.mean(0)[:, 0] * scale + 200, atol=0.05)
+
+
+def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
+    """Targets one by one in any order: the chain rule."""
+    x, y, hyper, n = next(curves.gp_test_sets("rbf", 1))
+
+    def posterior(code, query):
+        seen = (code["x"].double(), code["y"].double())
+        return tinyinr.Prediction(*curves.gp_posterior("rbf", *seen, query["x"].double(), hyper))
+
+    exact = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
+                            encode=lambda context: context, decode=posterior)
+    case = (x, y, None, ("rbf", hyper), n, "rbf")
+    joint = tinyinr.evaluate_curves(exact, [case], autoregressive=True)["rbf"]
+    marginal = tinyinr.evaluate_curves(exact, [case])["rbf"]
+    assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)
+    assert marginal["target_ll"] == pytest.approx(marginal["gp"], abs=2e-3)
+    assert joint["joint_ll"] > marginal["target_ll"] + 0.01
+
+
+def test_pairs_are_random_views_of_each_object(tmp_path):
+    balls(tmp_path, "012", "34")
+    data, model = scenes.SceneSet(tmp_path, "test", 16), tiny("nvs", "transinr", image_size=16)
+    eyes = lambda rays: rays[:, 0]
+    cases = list(tinyinr.scene_cases(model, data, "cpu", pairs=7, batch=4))
+    assert [len(case.target) for case in cases] == [4, 3, 4, 3]
+    for i, case in enumerate(cases):
+        own = data.poses[4 * (i // 2) : 4 * (i // 2) + 4, :, 3]
+        seen, asked = case.context["poses"][:, 0, :, 3], eyes(case.query["rays_o"])
+        assert all(any(torch.equal(a, b) for b in own) for a in (*seen, *asked))
+        assert not (seen == asked).all(1).any()
+    assert tinyinr.evaluate(model, cases)["all"]["pictures"] == 14
 
 
 # ------------------------------------------------------------------------- stored models

@@ -208,7 +208,7 @@ DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, 
 OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear")
 SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
-        grid=8, patch=8, freq_top=32.0, n_queries=1024, lr=1e-3, muon_lr=0.02),
+        grid=32, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
@@ -217,14 +217,15 @@ SMALL = {  # (task, model): what differs from the defaults
     ("gp", "transinr"): CURVES | OURS | dict(
         grid=48, n_convs=5, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
-        grid=32, patch=4, merge=2, masked=True, freq_top=32.0, batch_size=8, n_queries=192,
-        min_seen=0.1, lr=1e-3, muon_lr=0.01, warmup=50),
+        grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
+        n_queries=192, min_seen=0.1, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
-    "image": dict(grid=0, freq_top=1024.0), "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
+    "image": dict(grid=0, freq_top=1024.0, zoom=1),
+    "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=2000,
@@ -2245,45 +2246,17 @@ def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction
     return grid[0], band, draws.mean[:5] if len(draws.mean) > 1 else draws.mean[:0]
 
 
-def curve_plots(model, x, y, mask, size=(480, 320), units=None, x_name="x", y_names=None,
-                origin=None) -> list:
-    """A plot of every value (uint8): mean, 95 % band, samples, context and held-out points.
-
-    x, y, mask: pairs of context (N, .) and held-out points (M, .) in training units; units: those
-    of data.curves.standardise, which the axes show instead.
-    """
-    from data import pictures
-    grid, band, draws = curve_band(model, x[0], y[0], mask[0])
-    a, b, c, d = ([float(v) for v in u.flatten()] for u in units) if units else (
-        [0.0], [1.0], [0.0] * y[0].shape[1], [1.0] * y[0].shape[1])
-    in_x, plots = lambda v: v.flatten().double() * b[0] + a[0], []
-    for j in range(y[0].shape[1]):
-        in_y = lambda v: v[..., j].double() * d[j] + c[j]
-        there = [m[:, j] > 0 for m in mask]
-        seen, held_out = ((in_x(u[m]), in_y(v[m])) for u, v, m in zip(x, y, there))
-        plots.append(pictures.curve_plot(
-            in_x(grid), in_y(band.mean), in_y(band.mean - 1.96 * band.std),
-            in_y(band.mean + 1.96 * band.std), [in_y(v) for v in draws], seen,
-            held_out if len(held_out[0]) else None, size, x_name,
-            y_names[j] if y_names else "y", origin))
-    return plots
-
-
 def table_parts(model, table) -> list[tuple]:
-    """A series in neighboring parts that a model reads, standardised: (x, y, mask, units) each."""
+    """A series in parts that the model reads: (x, y, mask, units) each."""
     from data import curves
-    if table.y.shape[1] < model.cfg.n_values:
-        raise ValueError(f"this model is of {model.cfg.n_values} values, and the table has "
-                         f"{table.y.shape[1]}; give --columns x,y1,y2")
-    y, mask = (v[:, : model.cfg.n_values] for v in (table.y, table.mask))
-    there = mask.any(1)
-    x, y, mask = table.x[there], y[there], mask[there]
     most = curves.MAX_CONTEXT if model.cfg.n_values == 1 else WINDOW
-    parts = []
-    for i in x[:, 0].argsort(stable=True).tensor_split(-(-len(x) // most)):
-        xs, ys, units = curves.standardise(x[i], y[i], mask[i])
-        parts.append((xs, ys, mask[i], units))
-    return parts
+    return curves.windows_of(table, model.cfg.n_values, most)
+
+
+def curve_plots(model, x, y, mask, *args) -> list:
+    """pictures.curve_plots of the model's prediction from the context, the first of each pair."""
+    from data import pictures
+    return pictures.curve_plots(*curve_band(model, x[0], y[0], mask[0]), x, y, mask, *args)
 
 
 def render_curve(model, table, width: int):
@@ -2378,27 +2351,18 @@ def attention_picture(model, context: dict):
     from data import pictures
     cfg, maps = model.cfg, 0
     data = model.tokenizer(*model.signal.inputs(context))  # (B, T, D)
-    n, height = data.shape[1], 192
+    n = data.shape[1]
     x = torch.cat((data, model.weight_tokens.expand(len(data), -1, -1)), 1)
     for block in model.transformer:
         q, k, _ = (t.unflatten(-1, (cfg.n_heads, -1)).transpose(1, 2)
                    for t in block.qkv(block.norm1(x)).chunk(3, -1))
-        weights = (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)  # over heads
-        maps = maps + weights[:, n:, :n]
+        maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, n:, :n]
         x = block(x)
     maps = maps if cfg.depth else torch.ones(1, sum(model.n_tokens), n)
-    image, side = context["image"][0].movedim(0, -1), math.isqrt(n)
-    top, blank = [pictures.resize(image, height)], torch.ones(height, height, 3)
-    middle, bottom = [blank], [blank]
-    for (name, wb), layer in zip(model.encode(context).items(), maps[0].split(model.n_tokens)):
-        heat = layer.mean(0).view(side, side, 1)
-        heat = pictures.resize(heat / heat.max(), height, "nearest")
-        top.append(0.25 * top[0] + 0.75 * heat * torch.tensor([1.0, 0.6, 0.2]))
-        limit = 3 * float(wb[0, :-1].std())
-        for row, w in ((middle, F.normalize(model.base[name][:-1], dim=0)), (bottom, wb[0, :-1])):
-            row.append(pictures.resize(pictures.signed_map(w, limit), height, "nearest"))
-    return pictures.image_grid([[pictures.to_uint8(p) for p in row]
-                                for row in (top, middle, bottom)])
+    weights = {k: wb[0, :-1] for k, wb in model.encode(context).items() if k in model.shapes}
+    heat = {k: m.mean(0) for k, m in zip(model.shapes, maps[0].split(model.n_tokens))}
+    return pictures.attention_sheet(context["image"][0].movedim(0, -1), heat,
+                                    {k: model.base[k][:-1] for k in weights}, weights)
 
 
 # ------------------------------------------------------------------------- command line
@@ -2532,6 +2496,9 @@ def banner(run: Run):
     click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads; {run.device.why}")
 
 
+LENGTHS = ("steps", "minutes", "epochs")  # of a run
+
+
 @cli.command("train")
 @click.option("--task", type=click.Choice(["image", "nvs", "gp"]), help="[default: image]")
 @click.option("--model", type=click.Choice(["transinr", "vnp"]),
@@ -2559,7 +2526,8 @@ def train_command(extra, device, precision, out, resume, overwrite, smoke, **opt
         given = {"steps": 3, "batch_size": 2} | given
     if any(given.get(name) for name in LENGTHS):  # the one that is given counts alone
         given = dict.fromkeys(LENGTHS, 0) | given
-    cfg, recipe = make_config(**{k: v for k, v in given.items() if k != "data"})
+    skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
+    cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
     path, ckpt = given.get("data"), None
     if resume:
@@ -2570,11 +2538,9 @@ def train_command(extra, device, precision, out, resume, overwrite, smoke, **opt
     if not any(getattr(recipe, name) for name in LENGTHS):
         raise ValueError("steps, minutes and epochs are all 0; give one of them")
     device = choose_device(device, precision)
+    from data.runs import locked
     with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
         run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
-
-
-LENGTHS = ("steps", "minutes", "epochs")  # of a run
 
 
 def parse_fields(pairs) -> dict:
@@ -2616,36 +2582,6 @@ def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | N
     return cfg, recipe, ckpt["data"] or None, ckpt
 
 
-@contextlib.contextmanager
-def locked(out: Path):
-    """A folder, made if need be, with an exclusive lock until the process ends (not on Windows).
-
-    It is removed again if nothing was written to it.
-    """
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    fd = None
-    with contextlib.suppress(ImportError):
-        import fcntl
-        fd = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise ValueError(f"{out}: another run writes to this folder; choose another --out, or "
-                             "wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
-        if fd is not None:
-            os.close(fd)
-
-
 def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
     """Train in the folder `out`, then draw samples.png and print the scores of the val split.
 
@@ -2666,6 +2602,7 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
                          f"({reason})") from e
     run.data = str(path or "")
     if is_main_process():
+        from data.runs import truncate_log
         run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
     banner(run)
     size, draw, val_draw = 100_000, train_set, val_set
@@ -2700,25 +2637,6 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
                f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt")
-
-
-def truncate_log(log: Path, step: int) -> float:
-    """Remove what a killed run left half-written, and its log lines after a step.
-
-    Returns the seconds that had passed at the last line that stays.
-    """
-    for part in log.parent.glob(".ckpt.pt.*.part"):
-        part.unlink()
-    keep, elapsed = [], 0.0
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                elapsed = float(json.loads(line)["elapsed"])
-                keep.append(line + "\n")
-    if log.exists():
-        with atomic(log) as part:
-            part.write_text("".join(keep))
-    return elapsed
 
 
 def write_json(path, value):

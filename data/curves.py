@@ -273,6 +273,23 @@ def standardise(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tenso
     return (x - x_mid) / x_scale, (y - mean) * seen / y_scale, (x_mid, x_scale, mean, y_scale)
 
 
+def windows_of(table: Table, n_values: int, most: int) -> list[tuple]:
+    """The first values of a table in neighboring parts of up to `most` points, standardised.
+
+    (x (N, 1), y, mask (N, n_values), units) each. Errors: ValueError if the table has fewer values.
+    """
+    if table.y.shape[1] < n_values:
+        raise ValueError(f"this model is of {n_values} values, and the table has "
+                         f"{table.y.shape[1]}; give --columns x,y1,y2")
+    y, mask = table.y[:, :n_values], table.mask[:, :n_values]
+    there = mask.any(1)
+    x, y, mask, parts = table.x[there], y[there], mask[there], []
+    for i in x[:, 0].argsort(stable=True).tensor_split(-(-len(x) // most)):
+        xs, ys, units = standardise(x[i], y[i], mask[i])
+        parts.append((xs, ys, mask[i], units))
+    return parts
+
+
 def _load(path, columns: str | None, n_values: int) -> list[tuple]:
     """Curves as (name of file or first column, x (N, 1), y (N, D), mask (N, D)), sorted by x."""
     if Path(path).is_dir() or zipfile.is_zipfile(path):

@@ -186,7 +186,7 @@ def read_photo(path, size: int, least: int = 1) -> tuple[Tensor, tuple[int, int]
 
 
 def split_names(names: list[str], split: str) -> tuple[list[str], str]:
-    """The names of one split (train, val, test or all), sorted, and in words how the set is divided.
+    """The names of a split (train, val, test or all), sorted, and in words how the set is divided.
 
     CelebA by its official ids; else by folders train, val, test (training, valid, ...) at any
     depth, of which train and another must be there; else by a hash of the name, 80/10/10. Splits

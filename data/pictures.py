@@ -203,6 +203,47 @@ def curve_plot(x, mean, low, high, samples, context, held_out=None, size=(480, 3
     return plot.pixels()
 
 
+def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_name: str = "x",
+                y_names=None, origin=None) -> list[np.ndarray]:
+    """A curve_plot of each of D values.
+
+    grid (K, 1); band: mean and std, both (K, D); draws (S, K, D). x (N, 1), y and mask (N, D):
+    pairs of the context's and of held-out points, which may be none. units: those of
+    data.curves.standardise, which the axes show instead.
+    """
+    a, b, c, d = ([float(v) for v in u.flatten()] for u in units) if units else (
+        [0.0], [1.0], [0.0] * y[0].shape[1], [1.0] * y[0].shape[1])
+    in_x, plots = lambda v: v.flatten().double() * b[0] + a[0], []
+    for j in range(y[0].shape[1]):
+        in_y = lambda v: v[..., j].double() * d[j] + c[j]
+        seen, held_out = ((in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]))
+                          for u, v, m in zip(x, y, mask))
+        mean, wide = band[0], 1.96 * band[1]
+        plots.append(curve_plot(
+            in_x(grid), in_y(mean), in_y(mean - wide), in_y(mean + wide), [in_y(v) for v in draws],
+            seen, held_out if len(held_out[0]) else None, size, x_name,
+            y_names[j] if y_names else "y", origin))
+    return plots
+
+
+def attention_sheet(image: Tensor, heat: dict[str, Tensor], base: dict, generated: dict,
+                    height: int = 192) -> np.ndarray:
+    """A column a layer: an image's patches by attention, base weights, generated weights (uint8).
+
+    image (H, W, 3), heat {layer: (T,)} of square patches, base and generated {layer: (in, out)}.
+    """
+    top, blank = [resize(image, height)], torch.ones(height, height, 3)
+    middle, bottom = [blank], [blank]
+    for name, layer in heat.items():
+        side = math.isqrt(len(layer))
+        layer = resize((layer / layer.max()).view(side, side, 1), height, "nearest")
+        top.append(0.25 * top[0] + 0.75 * layer * torch.tensor([1.0, 0.6, 0.2]))
+        limit = 3 * float(generated[name].std())
+        for row, w in ((middle, F.normalize(base[name], dim=0)), (bottom, generated[name])):
+            row.append(resize(signed_map(w, limit), height, "nearest"))
+    return image_grid([[to_uint8(p) for p in row] for row in (top, middle, bottom)])
+
+
 def line_plot(lines: dict[str, list], x_name: str = "x", y_name: str = "y", size=(480, 320),
               log: tuple[bool, bool] = (False, False)) -> np.ndarray:
     """Plot of named lines, rows (x, y) each -> (H, W, 3) uint8, size = (W, H).
