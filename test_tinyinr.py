@@ -1815,7 +1815,7 @@ def test_a_run_resumes_by_its_folder_alone_and_validates_every_tenth(trained, tm
     target, coords = image.flatten(2).mT, tinyinr.pixel_grid(16, 16)[None]
     loss, psnr = training.validate([({"image": image}, {"coords": coords}, target)])
     mse = (training.model({"image": image}, {"coords": coords}).mean - target).square().mean()
-    assert (loss, psnr) == pytest.approx((float(mse), -10 * math.log10(mse)), abs=1e-3)
+    assert (loss, psnr) == pytest.approx((float(mse), -10 * math.log10(mse)), abs=0.02)  # bf16
 
 
 def test_codes_and_predictions_are_written_as_numbers(trained, tmp_path):
@@ -1883,7 +1883,7 @@ def test_pairs_are_random_views_of_each_object(tmp_path):
         seen, asked = case.context["poses"][:, 0, :, 3], eyes(case.query["rays_o"])
         assert all(any(torch.equal(a, b) for b in own) for a in (*seen, *asked))
         assert not (seen == asked).all(1).any()
-    assert tinyinr.evaluate(model, cases)["all"]["pictures"] == 14
+    assert tinyinr.evaluate(model, cases)["balls"]["pictures"] == 14
 
 
 # ------------------------------------------------------------------------- stored models

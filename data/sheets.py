@@ -1,0 +1,72 @@
+"""Draw what every stored model makes of held-out signals, to look at: one picture a model.
+
+    python data/sheets.py OUT
+
+Images: the input, then the function at 64, 256 and 1024 pixels (of the last the middle 256) beside
+the true picture at 256. Scenes: the input, then eight sides. Curves: plots of each kernel.
+"""
+
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import tinyinr  # noqa: E402
+from data import pictures  # noqa: E402
+
+COUNT = 8  # signals a sheet
+
+
+def enlarged(pixels):
+    """A square picture (S, S, 3) with its pixels repeated up to about 256."""
+    return pictures.enlarge(pixels, max(1, 256 // len(pixels)))
+
+
+def image_row(model, data, i: int) -> list:
+    """Input, the function at three sizes, and the true picture."""
+    small, large = (p[0] for p in next(data.batches([([i], 0)])))
+    code = model.encode({"image": small[None].float() / 255})
+    drawn = [tinyinr.render_image(model, code, size, size) for size in (64, 256, 1024)]
+    drawn[-1] = drawn[-1][384:640, 384:640]
+    return [enlarged(p) for p in (small.movedim(0, -1).numpy(), *drawn,
+                                  large.movedim(0, -1).numpy())]
+
+
+def scene_row(model, data, i: int, sides: int = 8, size: int = 128) -> list:
+    """The first view of an object, and the model's from all sides."""
+    from data.scenes import Scene
+    own = slice(int(data.first[i]), int(data.first[i] + data.counts[i]))
+    scene = Scene(data.images[own], data.poses[own], data.focals[own])
+    code = model.encode(tinyinr.scene_context(model, scene))
+    views = tinyinr.render_scene(model, code, *tinyinr.turntable(scene, size, sides), size)
+    return [pictures.enlarge(scene.images[0].movedim(0, -1).numpy()), *views]
+
+
+@torch.no_grad()
+def sheet(model):
+    """The picture (H, W, 3) uint8 of a model."""
+    task = model.cfg.task
+    if task == "gp":
+        return tinyinr.sample_pictures(model, None, tinyinr.choose_device("cpu"))
+    data = tinyinr.open_data(model.cfg, None, "test", zoom=4 if task == "image" else 1)
+    row = image_row if task == "image" else scene_row
+    return pictures.image_grid([row(model, data, (2 * k + 1) * len(data) // (2 * COUNT))
+                                for k in range(COUNT)])
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+def main(out):
+    """Draw a sheet of every stored model into the folder OUT."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / "data" / "pretrained").glob("*.pt")):
+        with tinyinr.atomic(out / f"{path.stem}.png") as part:
+            pictures.write([sheet(tinyinr.load(path))], part, "PNG")
+        click.echo(f"wrote {out / path.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
