@@ -1772,8 +1772,8 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert len(lines) >= 16 and {args.split()[0] for program, args in lines
                                  if program == "tinyinr"} == set(tinyinr.cli.commands)
     quick = {"--minutes 15": "--minutes 0.01", "2048": "64", "--size 128": "--size 16",
-             "--tto 100": "--tto 1", "--pairs 100": "--pairs 2", "chair.jpg -o": "chair.jpg --size 16 -o",
-             "--all data/pretrained": "--all few"}
+             "--tto 100": "--tto 1", "--pairs 100": "--pairs 2",
+             "chair.jpg -o": "chair.jpg --size 16 -o", "--all data/pretrained": "--all few"}
     with torch.enable_grad():
         for program, line in lines:
             for long, short in quick.items():
