@@ -2602,9 +2602,6 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
                          f"({reason})") from e
     run.data = str(path or "")
-    if is_main_process():
-        from data.runs import truncate_log
-        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
     banner(run)
     size, draw, val_draw = 100_000, train_set, val_set
     if cfg.task == "gp":
@@ -2618,6 +2615,9 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     held_out = list(itertools.islice(  # late steps: no first epoch of the foreground
         batches(cfg, plain, val_draw, device.name, start=10**6), 4))
     steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
+    if is_main_process():
+        from data.runs import truncate_log
+        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
     ended = train(run, functools.partial(batches, cfg, recipe, draw), out, steps, recipe.minutes,
                   held_out)
     if ended:
