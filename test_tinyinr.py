@@ -2685,7 +2685,10 @@ def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, serve
     for size in (64, 256, 512):
         browser.settle(choose(size))
         browser.settle(drop(photo))
-        truth, drawn = tinyinr.render_image(model, photo, size), browser.canvas()
+        context, shape = tinyinr.read_context(model, photo)
+        truth = tinyinr.render_image(model, model.encode(context),
+                                     *(round(n * size / max(shape)) for n in shape))
+        drawn = browser.canvas()
         assert drawn.shape == truth.shape and truth.std() > 3
         assert np.abs(np.int64(drawn) - truth).max() <= 1
     browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times

@@ -2583,6 +2583,22 @@ def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | N
     return cfg, recipe, ckpt["data"] or None, ckpt
 
 
+def prepare_batches(cfg, recipe, train_set, val_set, device):
+    """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
+    if cfg.task == "gp":
+        from data.curves import sampler
+        size = 100_000
+        train_set, val_set = (s.draw if s else sampler(recipe.kernel) for s in (train_set, val_set))
+    else:
+        size = len(train_set)
+    plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
+                    train_views=0, seed=1)
+    batches = BATCHES[cfg.task]
+    held_out = batches(cfg, plain, val_set, device.name, start=10**6)  # no epoch of the foreground
+    return (functools.partial(batches, cfg, recipe, train_set),
+            list(itertools.islice(held_out, 4)), size)
+
+
 def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
     """Train in the folder `out`, then draw samples.png and print the scores of the val split.
 
@@ -2603,23 +2619,12 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
                          f"({reason})") from e
     run.data = str(path or "")
     banner(run)
-    size, draw, val_draw = 100_000, train_set, val_set
-    if cfg.task == "gp":
-        from data.curves import sampler
-        draw, val_draw = (s.draw if s else sampler(recipe.kernel) for s in (train_set, val_set))
-    else:
-        size = len(train_set)
-    plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
-                    train_views=0, seed=1)
-    batches = BATCHES[cfg.task]
-    held_out = list(itertools.islice(  # late steps: no first epoch of the foreground
-        batches(cfg, plain, val_draw, device.name, start=10**6), 4))
+    batches, held_out, size = prepare_batches(cfg, recipe, train_set, val_set, device)
     steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
     if is_main_process():
         from data.runs import truncate_log
         run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
-    ended = train(run, functools.partial(batches, cfg, recipe, draw), out, steps, recipe.minutes,
-                  held_out)
+    ended = train(run, batches, out, steps, recipe.minutes, held_out)
     if ended:
         by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
               if dist.is_initialized() else "python")
