@@ -2453,9 +2453,8 @@ def test_folders_and_zips_list_the_same_files_and_none_of_the_systems(tmp_path):
         assert tree.names == names and [tree.read(n) for n in names] == [n.encode() for n in names]
     (root / "near").symlink_to(photos(tmp_path / "far", 1))
     (root / "loop").symlink_to(root)  # followed, but not without end
-    assert images.Tree(root).names == [*names[:2], "near/p0.png", "z.png"]
     Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).write_bytes(encoded(picture()))
-    assert images.ImageSet(root, "train", 8).names == ["caf\udce9.png"]
+    assert images.Tree(root).names == [*names[:2], "caf\udce9.png", "near/p0.png", "z.png"]
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="truncated"):
         images.Tree(path)
@@ -2472,7 +2471,7 @@ def test_a_centre_crop_is_the_crop_of_the_resized_picture(width, height):
         assert (images.decode(encoded(photo), *given) == photo).all()
 
 
-def test_every_mode_is_read_as_rgb_on_white():
+def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
     for mode, color, expected in (
             ("1", 1, 255), ("L", 90, 90), ("LA", (0, 0), 255), ("RGBA", (0, 0, 0, 0), 255),
             ("RGBA", (0, 0, 0, 128), 127), ("I;16", 50000, 195), ("F", 0.5, 128),
@@ -2480,23 +2479,21 @@ def test_every_mode_is_read_as_rgb_on_white():
         kind = "TIFF" if mode in ("F", "CMYK", "I", "LAB") else "PNG"
         pixels = images.decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
-
-
-def test_orientation_text_and_missing_ends_do_not_hinder(tmp_path, capsys):
-    exif, info = Image.Exif(), PngImagePlugin.PngInfo()
+    exif = Image.Exif()
     exif[0x0112] = 6  # left is turned to the top
     turned = images.decode(encoded(noisy(10, 20), exif=exif))
     assert (turned == np.rot90(noisy(10, 20), -1)).all()
+
+
+def test_odd_pictures_are_read_or_refused_in_words(tmp_path, capsys):
+    """A long text and a missing end do not hinder; too few and too many pixels do."""
+    info, whole = PngImagePlugin.PngInfo(), encoded(noisy(64, 64), "JPEG")
     info.add_text("note", "x" * 3_000_000, zip=True)
     assert (images.decode(encoded(noisy(8, 8), pnginfo=info)) == noisy(8, 8)).all()
-    whole = encoded(noisy(64, 64), "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
     cut, shape = images.read_photo(tmp_path / "cut.jpg", 64)
     assert "cut.jpg ends early" in capsys.readouterr().err and shape == (64, 64)
     assert (cut.movedim(0, 2)[:24].numpy() == images.decode(whole)[:24]).all()
-
-
-def test_pictures_too_small_or_too_large_are_refused_in_words():
     strip, huge = (encoded(Image.new("1", size), "TIFF", compression="group4")
                    for size in ((4, 700_000), (20000, 20000)))
     for data, given, words in (
@@ -2510,7 +2507,7 @@ def test_pictures_too_small_or_too_large_are_refused_in_words():
 
 def test_pictures_are_split_by_folder_by_celebas_ids_or_by_hash():
     split = lambda names: [images.split_names(names, s)[0] for s in SPLITS]
-    for folders, expected in (("Training validation testing",) * 2, ("train test", "train " * 2 +
+    for folders, expected in (("Training validation testing",) * 2, ("train test", "train train "
                               "test"), ("a/b/train a/b/val", "a/b/train a/b/train a/b/val")):
         names = [f"{folder}/cat/{i}.png" for folder in folders.split() for i in range(20)]
         chosen = split(names)  # a missing one is a tenth of train
@@ -2518,10 +2515,10 @@ def test_pictures_are_split_by_folder_by_celebas_ids_or_by_hash():
         assert [{n[: n.index("/cat/")] for n in c} for c in chosen] == [
             {e} for e in expected.split()]
         assert len(chosen[1]) == (20 if folders == expected else 2)
-    ids = (1, 162770, 162771, 182637, 182638, 202599)
+    ids = [1, 162770, 162771, 182637, 182638, 202599]
     names = [f"celeba/img_align_celeba/{i:06}.jpg" for i in ids] + ["img_align_celeba/note.png"]
-    assert [[int(Path(n).stem) for n in c] for c in split(names)] == [
-        [*ids[:2]], [*ids[2:4]], [*ids[4:]]]
+    found = [[int(Path(n).stem) for n in c] for c in split(names)]
+    assert found == [ids[:2], ids[2:4], ids[4:]]
     names = [f"train/{i}.png" for i in range(50)] + [f"car/{i}\udce9.png" for i in range(50)]
     chosen = split(names)  # here a train is a vehicle
     assert [len(c) for c in chosen] == [80, 10, 10] and len(set(sum(chosen, []))) == 100
@@ -2556,11 +2553,10 @@ def test_random_crops_are_cut_from_the_native_picture_in_memory_and_by_workers(
     monkeypatch.setattr(images, "free_memory", lambda: 0.0)
     disk = images.ImageSet(tmp_path, "train", 16, random_crop=True)
     disk, before = pickle.loads(pickle.dumps(disk)), torch.get_rng_state()  # as if spawned
-    assert disk.kept is None and disk.names == data.names
     lists = [(range(len(data)), 5), ([2, 6, 5], 3)] * 2
     for (a, _), (b, _) in zip(data.batches(lists), disk.batches(lists), strict=True):
         assert torch.equal(a, b) and a.shape[1:] == (3, 16, 16)
-    assert torch.equal(before, torch.get_rng_state())
+    assert disk.kept is None and torch.equal(before, torch.get_rng_state())
     (tmp_path / data.names[3]).unlink()
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds
     with pytest.raises(ValueError, match=rf"^{data.names[3]} .*restore it$"):
@@ -2759,12 +2755,12 @@ def test_scenes_that_cannot_be_used_are_refused_in_words(tmp_path):
 def many_scenes(root, names, layout="learnit"):
     for i, name in enumerate(names):
         write_layout(root / name, layout, opposite_cameras(4, i), BLANK[:4])
+    return root
 
 
 def split_scenes(root):
-    """The names and the sets of every split."""
-    sets = {s: scenes.SceneSet(root, s, 8) for s in SPLITS}
-    return {s: set(x.names) for s, x in sets.items()}, sets
+    """{split: names of its scenes}."""
+    return {s: set(scenes.SceneSet(root, s, 8).names) for s in SPLITS}
 
 
 def test_each_class_has_its_own_split_file(tmp_path):
@@ -2775,43 +2771,39 @@ def test_each_class_has_its_own_split_file(tmp_path):
         split = dict(train=list(train), val=[], test=list(test))
         (tmp_path / f"{name}_splits.json").write_text(json.dumps(split))
         (tmp_path / f"._{name}_splits.json").write_bytes(b"\0\5\x16\7")
-    names, sets = split_scenes(tmp_path)
+    names, data = split_scenes(tmp_path), scenes.SceneSet(tmp_path, "train", 8)
     assert names["test"] == {"cars/l", "boxes/a"} and len(names["val"]) == 4
-    assert len(names["train"] | names["val"] | names["test"]) == 24 == sum(map(len, sets.values()))
-    for split, alone in split_scenes(tmp_path / "cars")[0].items():
+    assert len(set.union(*names.values())) == 24 == sum(map(len, names.values()))
+    for split, alone in split_scenes(tmp_path / "cars").items():
         assert {f"cars/{name}" for name in alone} == {n for n in names[split] if n[0] == "c"}
-    data = sets["train"]
     assert data.first.tolist() == [4 * i for i in range(18)] and data.counts.tolist() == [4] * 18
     assert set(data.labels) == {"boxes", "cars"} and "car_splits.json" in data.source
 
 
 def test_scenes_are_split_by_folder_or_by_hash_but_a_lone_one_is_not(tmp_path):
-    many_scenes(tmp_path / "srn", [f"cars_{s}/{i}" for s in SPLITS for i in "ab"], "srn")
-    names, sets = split_scenes(tmp_path / "srn")
-    assert names == {s: {f"cars_{s}/{i}" for i in "ab"} for s in SPLITS}
-    assert sets["val"].labels == ["cars", "cars"]
-    many_scenes(tmp_path / "hash", [f"{i:02d}" for i in range(30)])
-    names, _ = split_scenes(tmp_path / "hash")
-    assert [len(names[s]) for s in SPLITS] == [24, 3, 3] and len(set.union(*names.values())) == 30
-    many_scenes(tmp_path / "one", ["lego"], "blender")
-    assert split_scenes(tmp_path / "one")[0] == dict.fromkeys(SPLITS, {"lego"})
+    srn = many_scenes(tmp_path / "srn", [f"cars_{s}/{i}" for s in SPLITS for i in "ab"], "srn")
+    assert split_scenes(srn) == {s: {f"cars_{s}/{i}" for i in "ab"} for s in SPLITS}
+    assert scenes.SceneSet(srn, "val", 8).labels == ["cars", "cars"]
+    names = split_scenes(many_scenes(tmp_path / "hash", [f"{i:02d}" for i in range(30)])).values()
+    assert [len(n) for n in names] == [24, 3, 3] and len(set.union(*names)) == 30
+    alone = many_scenes(tmp_path / "one", ["lego"], "blender")
+    assert split_scenes(alone) == dict.fromkeys(SPLITS, {"lego"})
 
 
 def test_unreadable_scenes_are_named_and_left_out(tmp_path, capsys):
-    many_scenes(tmp_path / "set/train", "abcdef"), many_scenes(tmp_path / "set/test", "e")
+    many_scenes(tmp_path / "train", "abcdef"), many_scenes(tmp_path / "test", "e")
     for name in "ab":  # one of them may be in val
-        change_scene(tmp_path / "set/train" / name, frames=[])
-    data = scenes.SceneSet(tmp_path / "set", "train", 8, max_views=3)
+        change_scene(tmp_path / "train" / name, frames=[])
+    data = scenes.SceneSet(tmp_path, "train", 8, max_views=3)
     assert not {"train/a", "train/b"} & set(data.names) and set(data.counts.tolist()) == {3}
     assert len(data.images) == 3 * len(data) and "left out: train/" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least 5 are needed"):
-        scenes.SceneSet(tmp_path / "set", "test", 8, min_views=5)
+        scenes.SceneSet(tmp_path, "test", 8, min_views=5)
 
 
 def test_a_scene_is_found_by_folder_file_and_within_a_zip(tmp_path):
     many_scenes(tmp_path / "set/cars", "ab")
     write_colmap(tmp_path / "set/cars/a/colmap", opposite_cameras(4), "abcd", 9, 8, "bin")
-    assert list(scenes.find_scenes(images.Tree(tmp_path / "set/cars/a"))) == [""]  # nerfstudio's
     shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
     for source, name in (("set/cars/a", ""), ("set/cars/a/transforms.json", ""),
                          ("set.zip/cars/b", "cars/b")):
@@ -2988,11 +2980,12 @@ def test_a_file_of_two_columns_is_one_curve_with_a_mask_in_its_gaps(tmp_path):
         curves.CurveSet(tmp_path, "all", n_values=3)
 
 
-@pytest.mark.parametrize("n_values", [1, 2])
+@pytest.mark.parametrize("n_values", (1, 2))
 def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
     for name, n in (("short", 9), ("long", 60)):
         (tmp_path / f"{name}.csv").write_text("".join(f"{i},{i % 7},{i % 5}\n" for i in range(n)))
-    x, _, mask = curves.CurveSet(tmp_path, "all", n_values=n_values).draw(200, 30, tinyinr.generator(0))
+    data = curves.CurveSet(tmp_path, "all", n_values=n_values)
+    x, _, mask = data.draw(200, 30, tinyinr.generator(0))
     counts = mask[..., 0].sum(1)
     assert set(counts.tolist()) == {9, 30}
     for points, there in zip(x[..., 0], mask[..., 0]):
@@ -3001,7 +2994,7 @@ def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
     assert parts.mean().item() == pytest.approx(4.5, abs=0.5) and parts.std() > 0.5
 
 
-def test_tasks_hide_what_they_say_and_the_score_is_a_log_density_in_units_of_the_table():
+def test_tasks_of_hares_and_lynxes_hide_what_they_say():
     table = curves.read_table(ROOT / "data" / "hares.csv", "all")
     assert table.x[:, 0].tolist() == list(range(1845, 1936)) and table.mask.all()
     masks = {task: lotka_volterra.hidden(task, table.x, 300, tinyinr.generator(0))
@@ -3014,11 +3007,15 @@ def test_tasks_hide_what_they_say_and_the_score_is_a_log_density_in_units_of_the
         assert (masks[task].diff(dim=1) == masks[task][:, 1:] & ~masks[task][:, :-1]).all()
     assert torch.equal(masks["forecasting"][..., 0], masks["forecasting"][..., 1])
     assert (masks["reconstruction"].any(1).sum(1) == 1).all()
+
+
+def test_their_score_is_a_log_density_in_units_of_the_table():
+    """Of a Gaussian of the seen values, by hand."""
+    table = curves.read_table(ROOT / "data" / "hares.csv", "all")
     flat = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), encode=lambda context: {},
                            decode=lambda code, query: tinyinr.Prediction(
                                z := query["x"].expand(-1, -1, 2) * 0, z + 0.5))
-    scores = lotka_volterra.task_scores(flat, table, "forecasting", 16)
-    want = []
+    scores, want = lotka_volterra.task_scores(flat, table, "forecasting", 16), []
     for hidden in lotka_volterra.hidden("forecasting", table.x, 16,
                                         torch.Generator().manual_seed(0)):
         old, new = (table.y[rows].numpy() for rows in (~hidden[:, 0], hidden[:, 0]))
@@ -3045,19 +3042,6 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
     assert wide - two == pytest.approx(3 * layers * 2 * n_tokens * (8 * cfg.dim * 2))
     assert rows[1]["share"] == pytest.approx(two / 0.5 / (2 * 2048**3 / 0.5))
     assert (rows[1]["step_ms"], rows[1]["decode_per_s"], rows[1]["signals_per_s"]) == (500, 24, 4)
-
-
-def test_bench_writes_a_row_for_every_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr(tinyinr, "PRESETS", {"small": {("gp", name): SIZES | {"merge": 1}
-                                                       for name in MODELS}})
-    monkeypatch.setattr(bench, "median_seconds", lambda *_: 1e-3)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    with torch.enable_grad():
-        out = CliRunner().invoke(bench.main, ["--batch-size", "3", "--json",
-                                              str(tmp_path / "b.json")])
-    assert out.exit_code == 0 and "17.18 TFLOP/s in float32" in out.output, out.output
-    rows = json.loads((tmp_path / "b.json").read_text())["cells"]
-    assert [row["cell"] for row in rows] == ["gp-transinr", "gp-vnp"]
 
 
 if __name__ == "__main__":
