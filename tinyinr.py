@@ -2636,7 +2636,8 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         samples = sample_pictures(run.model, val_set, device)
         with atomic(out / "samples.png") as part:
             pictures.write([samples], part, "PNG")
-    scores = score(run.model, val_set, device, count=min(limit, 1), seed=1)  # a smoke test: of one
+    count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
+    scores = score(run.model, val_set, device, count=count, seed=1)
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"

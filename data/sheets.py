@@ -1,6 +1,7 @@
 """Draw what every stored model makes of held-out signals, to look at: one picture a model.
 
     python data/sheets.py OUT
+    python data/sheets.py --readme  # the figures of the README
 
 Images: the input, then the function at 64, 256 and 1024 pixels (of the last the middle 256) beside
 the true picture at 256. Scenes: the input, then eight sides. Curves: plots of each kernel.
@@ -57,10 +58,40 @@ def sheet(model):
                                 for k in range(COUNT)])
 
 
+def columns(model, count: int = 6):
+    """Images: the input, the function at 256 pixels, and the true picture; a column each."""
+    data = tinyinr.open_data(model.cfg, None, "test", zoom=4)
+    emoji = [i for i in range(len(data)) if data.labels[i] == "emoji"]
+    photos = [i for i in range(len(data)) if data.labels[i] == "photos"]
+    some = [part[(2 * k + 1) * len(part) // count] for part in (emoji, photos)
+            for k in range(count // 2)]
+    rows = [image_row(model, data, i) for i in some]
+    return pictures.image_grid(list(zip(*((row[0], row[2], row[-1]) for row in rows))))
+
+
+@torch.no_grad()
+def readme():
+    """Draw the figures of the README from the stored models."""
+    device = tinyinr.choose_device("cpu")
+    for name, stem in (("image", "image-transinr"), ("completion", "image-vnp"),
+                       ("nvs", "nvs-transinr"), ("curves", "vnp-gp")):
+        model = tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt")
+        data = None if name in ("image", "curves") else tinyinr.open_data(model.cfg, None, "test")
+        picture = columns(model) if name == "image" else tinyinr.sample_pictures(
+            model, data, device)
+        with tinyinr.atomic(ROOT / "data" / "readme" / f"{name}.png") as part:
+            pictures.write([picture], part, "PNG")
+
+
 @click.command(context_settings={"max_content_width": 100})
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-def main(out):
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path), required=False)
+@click.option("--readme", "figures", is_flag=True, help="Draw the figures of the README instead.")
+def main(out, figures):
     """Draw a sheet of every stored model into the folder OUT."""
+    if figures:
+        return readme()
+    if out is None:
+        raise click.UsageError("give the folder to draw into, or --readme")
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "data" / "pretrained").glob("*.pt")):
         with tinyinr.atomic(out / f"{path.stem}.png") as part:
