@@ -2726,7 +2726,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
         if value and cfg.task not in of:
             raise ValueError(f"--{name} is for {' and '.join(of)}; leave it out for {cfg.task}")
     if cfg.task == "gp":
-        table = curves.read_table(source, columns)
+        table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
         drawn = tabulate_curve(model, table) if table_wanted else [render_curve(model, table, size)]
     elif cfg.task == "image":
