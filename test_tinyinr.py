@@ -11,7 +11,7 @@ import functools
 import gc
 import hashlib
 import http.server
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -261,10 +261,7 @@ def test_a_ray_goes_through_the_pixel_that_sees_the_point():
     exact = d[0, 0] + (column - 0.5) * (d[0, 1] - d[0, 0]) + (row - 0.5) * (d[1, 0] - d[0, 0])
     close(o[0, 0] - z * exact, point)
     close(-(d @ pose[:, 2]), torch.ones(height, width))  # depth 1 along the camera's axis
-
-
-def test_rays_through_picked_pixels_are_those_of_the_whole_view():
-    cameras, focals = poses(2), rand(2, 2) + 10
+    cameras, focals = poses(2), rand(2, 2) + 10  # and the same of pixels that are picked
     for whole, got in zip(tinyinr.camera_rays(cameras, focals, 5, 7), tinyinr.camera_rays(
             cameras, focals, 5, 7, pixels=torch.tensor([[0, 8, 33], [6, 20, 1]]))):
         close(got[0], whole[0, (0, 1, 4), (0, 1, 5)], 1e-6)
@@ -739,18 +736,34 @@ def test_other_precisions_agree_with_float32(task, name, grid):
 # ------------------------------------------------------------------------- official checkpoints
 
 
-def fixture(name):
-    """Model and stored arrays of an official program's run."""
-    arrays = {k: torch.from_numpy(np.array(v)) for k, v in np.load(PARITY / f"{name}.npz").items()}
-    return tinyinr.load(PARITY / f"{name}.pth"), arrays
+@pytest.fixture(scope="module", params=("whole", "papers"))
+def official(request, tmp_path_factory):
+    """tinyinr.py, or what it is without its section beyond the papers, as (name, key) -> model and
+    stored arrays of an official program's run."""
+    program = tinyinr
+    if request.param == "papers":
+        parts = re.split(r"^(?=# -{20,} )", (ROOT / "tinyinr.py").read_text(), flags=re.M)
+        papers = [part for part in parts if not re.match("# -+ beyond the papers", part)]
+        (folder := tmp_path_factory.mktemp("papers")).joinpath("papers.py").write_text(
+            "".join(papers))
+        spec = importlib.util.spec_from_file_location("papers", folder / "papers.py")
+        program = sys.modules["papers"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(program)
+        assert len(papers) == len(parts) - 1 and not hasattr(program, "interpolate")
+
+    def read(name):
+        arrays = np.load(PARITY / f"{name}.npz").items()
+        return program.load(PARITY / f"{name}.pth"), {k: torch.from_numpy(np.array(v))
+                                                      for k, v in arrays}
+    return read
 
 
 def assert_near(a, b):
     assert a.shape == b.shape and (a - b).abs().max() <= 1e-5, (a - b).abs().max()
 
 
-def test_official_transinr_image_outputs():
-    model, f = fixture("transinr_image_1")
+def test_official_transinr_image_outputs(official):
+    model, f = official("transinr_image_1")
     code = model.encode({"image": f["in.image"]})
     for name, wb in code.items():
         assert_near(wb, f[f"weights.{name}"])
@@ -761,15 +774,14 @@ def test_official_transinr_image_outputs():
 
 
 def views(f):
-    context = {k: f[f"in.{k}"] for k in ("images", "poses", "focals")}
-    return context, {
-        k: f[f"in.{k}"] for k in ("rays_o", "rays_d", "near", "far", "points_per_ray")
-    }
+    """Stored context and query of a scene."""
+    return ({k: f[f"in.{k}"] for k in ("images", "poses", "focals")},
+            {k: f[f"in.{k}"] for k in ("rays_o", "rays_d", "near", "far", "points_per_ray")})
 
 
 @pytest.mark.parametrize("name, n_views", [("transinr_nvs_1", 1), ("transinr_nvs_asis_1", 2)])
-def test_official_transinr_view_synthesis_outputs(name, n_views):
-    model, f = fixture(name)
+def test_official_transinr_view_synthesis_outputs(official, name, n_views):
+    model, f = official(name)
     context, query = views(f)
     o, d = tinyinr.camera_rays(f["in.query_pose"], f["in.query_focal"], 24, 24)
     assert_near(o.flatten(1, 3)[:, f["in.ray_index"]], query["rays_o"])
@@ -782,9 +794,9 @@ def test_official_transinr_view_synthesis_outputs(name, n_views):
     assert_near(model.decode(code, query).mean, f["out.rgb"])
 
 
-@pytest.mark.parametrize("name", ["vnp_1", "vnp_asis_1"])
-def test_official_vnp_outputs(name):
-    model, f = fixture(name)
+@pytest.mark.parametrize("name", ("vnp_1", "vnp_asis_1"))
+def test_official_vnp_outputs(official, name):
+    model, f = official(name)
     context, query = views(f)
     code = model.encode(context)
     assert_near(model.decode(code, query, eps=f["in.eps_prior"]).mean, f["out.rgb_prior"])
@@ -796,8 +808,7 @@ def test_official_vnp_outputs(name):
 @pytest.mark.parametrize("change, words", [
     (dict(use_pe=False), "use_pe=False cannot be expressed"),
     (dict(use_viewdirs=True), "use_viewdirs"), (dict(pe_dim=20), "weight base.wb0"),
-    (dict(activation="siren"), "activation"), (dict(out_dim=1), "out_dim"),
-])
+    (dict(activation="siren"), "activation"), (dict(out_dim=1), "out_dim")])
 def test_official_variants_that_cannot_be_expressed_are_refused(change, words, tmp_path):
     ckpt = torch.load(PARITY / "transinr_image_1.pth", weights_only=True)
     ckpt["model"]["args"]["hyponet"]["args"] |= change
@@ -821,23 +832,7 @@ def test_official_arguments_are_read_or_have_the_official_default(tmp_path):
         for i, wb in enumerate(code.values()):
             x = torch.cat((x.relu() if i else x, torch.ones(9, 1)), 1) @ wb[0]
         got = tinyinr.load(tmp_path / "c.pth").decode(code, {"coords": coords}).mean[0]
-        torch.testing.assert_close(got, x + (bias or 0.0), atol=1e-5, rtol=1e-5)
-
-
-def test_without_the_section_beyond_the_papers_the_official_outputs_stay(tmp_path, monkeypatch):
-    parts = re.split(r"^(?=# -{20,} )", (ROOT / "tinyinr.py").read_text(), flags=re.M)
-    papers = [part for part in parts if not re.match("# -+ beyond the papers", part)]
-    (tmp_path / "papers_only.py").write_text("".join(papers))
-    monkeypatch.syspath_prepend(tmp_path)
-    only = importlib.import_module("papers_only")
-    assert len(papers) == len(parts) - 1 and not hasattr(only, "interpolate")
-    for name, want in (("transinr_nvs_asis_1", "out.rgb"), ("vnp_asis_1", "out.rgb_prior")):
-        model, (context, query) = only.load(PARITY / f"{name}.pth"), views(f := fixture(name)[1])
-        code = model.encode(context)
-        assert_near(model.decode(code, query, eps=f.get("in.eps_prior")).mean, f[want])
-    model, f = only.load(PARITY / "transinr_image_1.pth"), fixture("transinr_image_1")[1]
-    code = model.encode({"image": f["in.image"]})
-    assert_near(model.decode(code, {"coords": f["in.coords"]}).mean, f["out.rgb"])
+        close(got, x + (bias or 0.0))
 
 
 def test_the_file_alone_loads_and_trains(tmp_path):
