@@ -1700,12 +1700,12 @@ PRETRAINED = sorted((ROOT / "data" / "pretrained").glob("*.pt"))
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda p: p.stem)
 def test_a_stored_model_has_the_score_that_is_written_beside_it(path):
-    """On a part of the test split that takes a second: as a model of the old layout had it."""
+    """On a part of the test split that takes a second."""
     record, model = json.loads(path.with_suffix(".json").read_text()), tinyinr.load(path)
     assert path.stat().st_size < 5e6
     assert f"--task {model.cfg.task} --model {model.cfg.model}" in record["command"]
-    limit = {"image": 64, "nvs": 3, "gp": 5}[model.cfg.task]
-    data = tinyinr.open_data(model.cfg, None, "test", limit=limit)
+    limit, zoom = record["part_size"], 4 if model.cfg.task == "image" else 1
+    data = tinyinr.open_data(model.cfg, None, "test", limit=limit, zoom=zoom)
     scores = tinyinr.score(model, data, tinyinr.choose_device("cpu"), count=limit)
     for label, row in record["part"].items():
         for name, value in row.items():

@@ -817,6 +817,13 @@ class LatentBlock(nn.Module):
         return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
 
 
+def repeat(samples: int, *tensors) -> list:
+    """The tensors with every row as often as there are samples of it; None stays None."""
+    if samples == 1:
+        return list(tensors)
+    return [None if v is None else v.repeat_interleave(samples, 0) for v in tensors]
+
+
 class VNP(nn.Module):
     """Bottleneck encoder and hierarchical latent modulated decoder ([2] Sec. 3).
 
@@ -852,23 +859,27 @@ class VNP(nn.Module):
             code |= {f"pool_{k}": v for k, v in query.items()} | {"pool_weight": weight}
         return code
 
-    def latents(self, code: dict, query: dict, eps=None, target=None):
+    def latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
         """Draw the L latents once: z (L, B, 1, Z), and the KL divergence summed over them, (B,).
 
         From the prior, with KL 0, or from the posterior where `target` values (B, M, C) are given.
         """
-        return self.infer_latents(code, query, eps, target)[:2]
+        return self.infer_latents(code, query, eps, target, samples)[:2]
 
-    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
-        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives."""
-        return self.signal.to_prediction(*self.raw_field(code, query, eps, z))
+    def decode(self, code: dict, query: dict, eps=None, z=None, samples: int = 1) -> Prediction:
+        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives.
 
-    def raw_field(self, code: dict, query: dict, eps=None, z=None):
+        samples S > 1: eps and z are (L, B S, 1, Z), and the values (B S, M, C).
+        """
+        return self.signal.to_prediction(*self.raw_field(code, query, eps, z, samples))
+
+    def raw_field(self, code: dict, query: dict, eps=None, z=None, samples: int = 1):
         """Raw values (B, K, C) at the query's points, the points (B, K, .), z_vals or None."""
         if z is None:
-            z, _ = self.latents(code, query, eps)
+            z, _ = self.latents(code, query, eps, samples=samples)
         points, z_vals = self.signal.points(query)
-        f, e = self.features(code["tokens"], points)
+        f, e = repeat(samples, *self.features(code["tokens"], points))
+        points, z_vals = repeat(samples, points, z_vals)
         for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
         return self.head(f), points, z_vals
@@ -893,7 +904,7 @@ class VNP(nn.Module):
         """What the cross-attention starts from, (B, K, D): zeros."""
         return torch.zeros_like(e)
 
-    def infer_latents(self, code: dict, query: dict, eps=None, target=None):
+    def infer_latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
         """Go through the blocks and draw each latent: z, KL, features, points and z_vals.
 
         The prior is averaged over the set in the code, or else over the query; the posterior over
@@ -908,8 +919,8 @@ class VNP(nn.Module):
         if target is not None or not pool:
             sets.append(self.signal.points(query))
         points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in sets], 1)
-        f, e = self.features(tokens, points)
-        sizes = [p.shape[1] for p, _ in sets]
+        f, e, weight = repeat(samples, *self.features(tokens, points), weight)
+        sizes, sets = [p.shape[1] for p, _ in sets], [repeat(samples, *pair) for pair in sets]
         zs, kl = [], torch.zeros(len(f), device=f.device)
         for i, block in enumerate(self.blocks):
             values = [self.signal.to_prediction(raw, *points_and_z_vals).mean for
@@ -2084,10 +2095,8 @@ def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Predict
     code = model.encode(context)
     if model.cfg.model != "vnp":
         return model.decode(code, {"x": x})
-    code, x = {k: v.repeat_interleave(samples, 0) for k, v in code.items()}, x.repeat_interleave(
-        samples, 0)
-    eps = torch.randn(model.cfg.n_blocks, len(x), 1, model.cfg.latent, generator=gen).to(x)
-    return model.decode(code, {"x": x}, eps)
+    size = (model.cfg.n_blocks, len(x) * samples, 1, model.cfg.latent)
+    return model.decode(code, {"x": x}, torch.randn(size, generator=gen).to(x), samples=samples)
 
 
 def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
