@@ -218,7 +218,7 @@ SMALL = {  # (task, model): what differs from the defaults
         grid=48, n_convs=5, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
-        n_queries=192, min_seen=0.1, lr=1e-3, muon_lr=0.01, warmup=50),
+        n_queries=384, min_seen=0.1, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
@@ -1708,6 +1708,7 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if not there[name]:
         raise ValueError(f"device={name!r}, but PyTorch finds none here; use cpu or auto")
     check_choice("precision", precision, ("auto", "fp32", "bf16"))
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
     if precision != "auto":
         bf16, why = precision == "bf16", "as asked for"
     elif name == "mps":
