@@ -1625,7 +1625,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
             (render(tmp_path / "none.pt", photo), "no such checkpoint"),
             (render(tmp_path / "cut.pt", photo), "not a readable checkpoint"),
             (render(tmp_path / "pickled.pt", photo), "not a readable checkpoint"),
-            (render(ckpt, photo, "--views", 2), "--views is for scenes"),
+            (render(ckpt, photo, "--views", 2), "--views is for nvs"),
             (("eval", ckpt, "--pairs", 2), "--pairs is for nvs"),
             (("inspect", PARITY / "vnp_1.pth", photo, "-o", tmp_path / "i.png"), "inspect takes")]:
         output = run(*command, code=2)

@@ -2452,6 +2452,18 @@ def open_data(cfg: ModelConfig, path, split: str, recipe=None, limit: int = 0, z
     return data
 
 
+OPTION_TASKS = {"tto": ("image", "nvs"), "pairs": ("nvs",), "views": ("nvs",), "pose": ("nvs",),
+                "zoom": ("image",), "columns": ("gp",), "autoregressive": ("gp",)}
+
+
+def check_options(task: str, **given):
+    """Raise ValueError for a given option that a task does not have."""
+    for name, value in given.items():
+        if value and task not in OPTION_TASKS[name]:
+            raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
+                             f"for {task}")
+
+
 def score(model, data, device: Device, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
     """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
 
@@ -2459,10 +2471,7 @@ def score(model, data, device: Device, tto=0, count=0, pairs=0, autoregressive=F
     views of every scene.
     """
     task = model.cfg.task
-    for name, value, of in (("tto", tto, ("image", "nvs")), ("pairs", pairs, ("nvs",)),
-                            ("autoregressive", autoregressive, ("gp",))):
-        if value and task not in of:
-            raise ValueError(f"--{name} is for {' and '.join(of)}; leave it out for {task}")
+    check_options(task, tto=tto, pairs=pairs, autoregressive=autoregressive)
     if task == "gp":
         cases = curve_cases(data, count if data else count or 50, seed)
         return evaluate_curves(model, track(cases, "scoring"), autoregressive)
@@ -2687,8 +2696,7 @@ def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoo
     device = choose_device(device)
     with processes(device.name):
         model = load_for(ckpt, device, views)
-        if zoom > 1 and model.cfg.task != "image":
-            raise ValueError(f"--zoom is for image; leave it out for {model.cfg.task}")
+        check_options(model.cfg.task, zoom=zoom > 1)
         signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
         seed = {"test": 0, "val": 1, "train": 2}[split]
         scores = score(model, signals, device, tto, size, pairs, autoregressive, seed)
@@ -2700,9 +2708,8 @@ def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoo
 def load_for(ckpt, device: Device, views=None) -> nn.Module:
     """A checkpoint's model with another number of context views, if one is given."""
     model = load(ckpt, device.name)
+    check_options(model.cfg.task, views=views)
     if views:
-        if model.cfg.task != "nvs":
-            raise ValueError(f"--views is for scenes; {ckpt} is a model of {model.cfg.task}")
         model.cfg = model.signal.cfg = replace(model.cfg, n_views=views)
     return model
 
@@ -2727,18 +2734,15 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     prediction, which .csv holds, too.
     """
     from data import curves, pictures, scenes
-    model, numbers = load_for(ckpt, choose_device(device), views), Path(out).suffix == ".npz"
+    model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
     cfg, code = model.cfg, {}
-    table_wanted = cfg.task == "gp" and (numbers or Path(out).suffix == ".csv")
-    form = "npz" if numbers or table_wanted else pictures.picture_format(out, cfg.task == "nvs")
-    for name, value, of in (("tto", tto, ("image", "nvs")), ("pose", pose, ("nvs",)),
-                            ("columns", columns, ("gp",))):
-        if value and cfg.task not in of:
-            raise ValueError(f"--{name} is for {' and '.join(of)}; leave it out for {cfg.task}")
+    check_options(cfg.task, tto=tto, pose=pose, columns=columns)
+    numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
+    form = "" if numbers else pictures.picture_format(out, animated=cfg.task == "nvs")
     if cfg.task == "gp":
         table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
-        drawn = tabulate_curve(model, table) if table_wanted else [render_curve(model, table, size)]
+        drawn = tabulate_curve(model, table) if numbers else [render_curve(model, table, size)]
     elif cfg.task == "image":
         context, shape = read_context(model, source)
         code = encode_for(model, context, tto)
@@ -2755,8 +2759,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
         pictures.write(drawn, out, form)
     else:
         with atomic(out) as part:
-            if form == "npz":
-                write_numbers(drawn if table_wanted else {"pixels": drawn} | code, part, out)
+            if numbers:
+                write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, part, out)
             else:
                 pictures.write(drawn, part, form)
     click.echo(f"wrote {out}")
