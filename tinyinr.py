@@ -2521,7 +2521,7 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--model", type=click.Choice(["transinr", "vnp"]),
               help="[default: vnp for gp, else transinr]")
 @click.option("--preset", help=f"One of {', '.join(PRESETS)}.  [default: small]")
-@click.option("--data", type=click.Path(), help="Folder or zip; default: the bundled set.")
+@click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
 @click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
 @click.option("--batch-size", type=click.IntRange(1), help="Signals a step, of all processes.")
@@ -2531,7 +2531,7 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
 @click.option("--precision", help="fp32, bf16 or auto.  [default: auto; the papers' presets: fp32]")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
 def train_command(extra, device, precision, out, resume, overwrite, smoke, **options):
