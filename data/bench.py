@@ -1,20 +1,17 @@
-"""Measure what training, encoding and decoding cost on this machine, and draw it for the README.
+"""Measure what training, encoding and decoding cost on this machine.
 
     python data/bench.py            # every cell's training step, encoding and decoding
-    python data/bench.py inputs     # time and memory as inputs grow: data/readme/costs.json, .png
-    python data/bench.py minutes    # PSNR over the minutes of training: minutes.json, minutes.png
+    python data/bench.py inputs     # time and memory as inputs grow: runs/costs.json and .png
 
 Every cell of the first and every point of the second is measured in a process of its own, with
 random weights; a line of the second ends where the next point would take more than 20 GB or 100
-seconds. The third trains on images as the README says, once for every --seed, and scores each
-checkpoint on all held-out pictures afterwards.
+seconds.
 """
 
 import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
 from data import pictures  # noqa: E402
 
-README = ROOT / "data" / "readme"
 AXES = {  # what grows: (task, whether it is encoded or decoded, the first point)
     "pixels decoded": ("image", "decode", 4096),
     "rays decoded": ("nvs", "decode", 256),
@@ -219,53 +215,12 @@ def inputs_command(stored):
     else:
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
             table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
-        tinyinr.write_json(README / "costs.json", table)
+        Path("runs").mkdir(exist_ok=True)
+        tinyinr.write_json("runs/costs.json", table)
     panels = [panel(title, lines) for title, lines in table.items()]
-    save_picture(pictures.image_grid([panels[:3], panels[3:]], gap=0), README / "costs.png")
-
-
-def scored(length: float, seed: int, folder: Path) -> list:
-    """Rows [minutes, held-out PSNR] of one training run, about one for every 20 seconds of it."""
-    ckpt, copies = folder / "ckpt.pt", []
-    ckpt.unlink(missing_ok=True)
-    code = "import tinyinr; tinyinr.SAVE_SECONDS = 20; tinyinr.cli()"
-    args = "train", "--task", "image", "--minutes", length, "--seed", seed
-    training = subprocess.Popen([sys.executable, "-c", code, *map(str, args), "--out",
-                                 str(folder.resolve())], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while training.poll() is None:
-        time.sleep(1)
-        data = ckpt.read_bytes() if ckpt.exists() else None
-        copies += [data] if data and data not in copies[-1:] else []
-    if training.returncode:
-        raise click.ClickException(f"training ended with exit code {training.returncode}")
-    rows, test = [], None
-    for data in dict.fromkeys((*copies, ckpt.read_bytes())):  # the last one stays
-        ckpt.write_bytes(data)
-        model, minutes = tinyinr.load(ckpt), tinyinr.read_checkpoint(ckpt)["elapsed"] / 60
-        test = test or tinyinr.open_data(model.cfg, None, "test")
-        scores = tinyinr.score(model, test, tinyinr.choose_device("cpu"))
-        rows.append((minutes, scores["all"]["psnr"]))
-        click.echo(f"seed {seed}: {minutes:5.2f} minutes {rows[-1][1]:6.2f} dB")
-    return rows
-
-
-def save_picture(picture, path):
-    """Write a picture as PNG in the place of an older one."""
-    with tinyinr.atomic(path) as part:
-        pictures.write([picture], part, "PNG")
-
-
-@main.command("minutes")
-@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True)
-@click.option("--length", default=9.8, show_default=True, help="Minutes of training.")
-@click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
-def minutes_command(seeds, length, stored):
-    """PSNR on held-out pictures over the minutes of training."""
-    table = json.loads(Path(stored).read_text()) if stored else None
-    if not stored:
-        table = {f"seed {s}": scored(length, s, Path("runs") / f"minutes-{s}") for s in seeds}
-        tinyinr.write_json(README / "minutes.json", table)
-    save_picture(pictures.line_plot(table, "minutes", "dB", (600, 300)), README / "minutes.png")
+    file = Path(stored or "runs/costs.json").with_suffix(".png")
+    with tinyinr.atomic(file) as part:
+        pictures.write([pictures.image_grid([panels[:3], panels[3:]], gap=0)], part, "PNG")
 
 
 if __name__ == "__main__":
