@@ -1649,7 +1649,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     Path("transforms.json").write_text(json.dumps({"camera_angle_x": 0.6, "frames": frames}))
     simulate = CliRunner().invoke(lotka_volterra.main, ["simulate", "lv", "--count", "12"])
     assert simulate.exit_code == 0, simulate.output
-    save_model("ckpt.pt", tiny("image", "transinr"))
+    tinyinr.save(tiny("image", "transinr"), "ckpt.pt")
     Path("few").mkdir()
     shutil.copy("ckpt.pt", "few")
     page = (ROOT / "README.md").read_text()
