@@ -64,7 +64,7 @@ NODE = """const ort = require("onnxruntime-web"), fs = require("fs");
     const session = await ort.InferenceSession.create(fs.readFileSync(path));
     const out = await session.run(tensors(feed));
     for (const [k, [data]] of Object.entries(truth)) {
-      const most = Math.max(1, ...data.map(Math.abs));
+      const most = data.reduce((most, v) => Math.max(most, Math.abs(v)), 1);
       data.forEach((v, i) => { error = Math.max(error, Math.abs(out[k].data[i] - v) / most); });
     }
   } catch (e) { error = String(e.message || e).slice(0, 200); }
