@@ -1976,6 +1976,12 @@ def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int
     return {k: v.detach() for k, v in code.items()}
 
 
+def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
+    """The code of a context, refined on it by `tto` steps."""
+    code = model.encode(context)
+    return optimize(model, code, context, tto) if tto else code
+
+
 def mean_scores(parts: list, counted: str) -> dict:
     """{label: {score: mean, score_se: its standard error, counted: how many}}, of all processes.
 
@@ -2029,8 +2035,7 @@ def scene_cases(model, data, device: str, only=None, pairs=0, batch=10):
     """Every scene's other views from its first ones; or `pairs` random (context, target) views."""
     n, (height, width) = model.cfg.n_views, data.images.shape[-2:]
     for i in range(len(data.counts)) if only is None else only:
-        own = slice(int(data.first[i]), int(data.first[i] + data.counts[i]))
-        images, poses, focals = data.images[own], data.poses[own], data.focals[own]
+        images, poses, focals = data[i][:3]
         views = torch.arange(len(images))[None]
         if pairs:
             views = torch.stack([torch.randperm(len(images), generator=generator(0, 15, i, j))
@@ -2054,8 +2059,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
     """
     parts = []
     for i, (context, query, target, label, large) in shard(cases):
-        code = model.encode(context)
-        code = optimize(model, code, context, tto) if tto else code
+        code = encode_for(model, context, tto)
         prediction = predict(model, code, query)
         mean = prediction.mean.view(target.shape)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
@@ -2766,12 +2770,6 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     click.echo(f"wrote {out}")
 
 
-def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
-    """The code of a context, refined on it by `tto` steps."""
-    code = model.encode(context)
-    return optimize(model, code, context, tto) if tto else code
-
-
 def write_numbers(columns: dict, part: Path, out: str):
     """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
     import numpy as np
@@ -2804,26 +2802,23 @@ def encode_command(ckpt, source, out, tto, views, device):
     model = load_for(ckpt, device, views)
     data = open_data(model.cfg, source, "all")
     codes = [encode_for(model, to_device(context, device.name), tto)
-             for context in track(contexts(model.cfg, data), "encoding", len(data))]
+             for context in track(contexts(model, data), "encoding", len(data))]
     columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
     with atomic(out) as part:
         write_numbers({"names": data.names} | columns, part, out)
     click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
 
 
-def contexts(cfg: ModelConfig, data):
+def contexts(model, data):
     """The context of every signal of a set, each as a batch of one, in the order of its names."""
     from data.curves import standardise
     for i in range(len(data)):
-        if cfg.task == "image":
+        if model.cfg.task == "image":
             yield {"image": next(data.batches([([i], 0)]))[0].float() / 255}
-            continue
-        first = int(data.first[i])
-        if cfg.task == "nvs":
-            own = slice(first, first + cfg.n_views)
-            yield {"images": data.images[None, own].float() / 255, "poses": data.poses[None, own],
-                   "focals": data.focals[None, own]}
+        elif model.cfg.task == "nvs":
+            yield scene_context(model, data[i])
         else:
+            first = int(data.first[i])
             own = slice(first, first + min(data.points, int(data.counts[i])))
             x, y, _ = standardise(data.x[own], data.y[own], data.mask[own])
             yield {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}

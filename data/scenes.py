@@ -494,3 +494,7 @@ class SceneSet:
 
     def __len__(self):
         return len(self.names)
+
+    def __getitem__(self, i: int) -> Scene:
+        own = slice(int(self.first[i]), int(self.first[i] + self.counts[i]))
+        return Scene(self.images[own], self.poses[own], self.focals[own])

@@ -38,9 +38,7 @@ def image_row(model, data, i: int) -> list:
 
 def scene_row(model, data, i: int, sides: int = 8, size: int = 128) -> list:
     """The first view of an object, and the model's from all sides."""
-    from data.scenes import Scene
-    own = slice(int(data.first[i]), int(data.first[i] + data.counts[i]))
-    scene = Scene(data.images[own], data.poses[own], data.focals[own])
+    scene = data[i]
     code = model.encode(tinyinr.scene_context(model, scene))
     views = tinyinr.render_scene(model, code, *tinyinr.turntable(scene, size, sides), size)
     return [pictures.enlarge(scene.images[0].movedim(0, -1).numpy()), *views]
