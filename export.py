@@ -35,6 +35,8 @@ from torch import Tensor
 
 import tinyinr
 from data import page as pages
+from data.commands import in_one_line
+from data.evaluation import open_data, score, write_json
 from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
                              share_initializers, store_half)
 from tinyinr import ModelConfig, RunFailed
@@ -298,8 +300,8 @@ def round_weights(model: nn.Module):
 def quality(model: nn.Module) -> float:
     """PSNR in dB, or log-likelihood of curves, of the first bundled held-out signals."""
     limit = {"image": 16, "nvs": 2, "gp": 16}[model.cfg.task]
-    data = tinyinr.open_data(model.cfg, None, "test", limit=limit)
-    scores = tinyinr.score(model, data, tinyinr.choose_device("cpu"), count=limit)
+    data = open_data(model.cfg, None, "test", limit=limit)
+    scores = score(model, data, count=limit)
     name = "target_ll" if model.cfg.task == "gp" else "psnr"
     return float(np.mean([row[name] for row in scores.values()]))
 
@@ -366,7 +368,7 @@ class Command(click.Command):
     """A command that ends as tinyinr's do: errors in one line and an exit code."""
 
     def invoke(self, ctx):
-        return tinyinr.in_one_line(ctx, super().invoke)
+        return in_one_line(ctx, super().invoke)
 
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})
@@ -435,9 +437,9 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
         for part in ("fused",) if fused else ("encoder", "decoder"):
             path = Path(folder, f"{stem.name}.onnx" if fused else f"{stem.name}.{part}.onnx")
             files[part] = write(Graph(model, part, static), path, about, fp16)
-        tinyinr.write_json(Path(folder, sidecar.name), about | {"files": files})
+        write_json(Path(folder, sidecar.name), about | {"files": files})
         if page:
-            example = tinyinr.open_data(cfg, None, "test", limit=1)
+            example = open_data(cfg, None, "test", limit=1)
             pages.write(Path(folder, f"{stem.name}.html"), cfg, example, ort)
         for path in sorted(Path(folder).iterdir()):
             size = path.stat().st_size / 1e6

@@ -5,6 +5,7 @@ python test_tinyinr.py --device cuda             # all, the commands on that dev
 python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
 """
 
+import ast
 import base64
 import ctypes
 import functools
@@ -50,7 +51,8 @@ from PIL import Image, PngImagePlugin
 
 import export
 import tinyinr
-from data import bench, curves, images, lotka_volterra, page, runs, scenes
+from data import (bench, commands, curves, evaluation, images, lotka_volterra, page, rendering,
+                  runs, scenes)
 from tinyinr import build
 
 ModelConfig, TrainConfig = tinyinr.ModelConfig, tinyinr.TrainConfig
@@ -834,6 +836,25 @@ assert loss[-1] < loss[0] and "data" not in sys.modules
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def test_dependencies_point_upward():
+    """A section of tinyinr.py names nothing of a later one; readers know nothing of models."""
+    sections = [ast.parse(s) for s in re.split(r"^# -{20,} .*$", Path(tinyinr.__file__).read_text(),
+                                               flags=re.M)]
+    names = lambda tree: {n.id for n in ast.walk(tree)
+                          if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    defined = [{n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+               for tree in sections]
+    assert len(sections) == 15 and all(defined[1:])
+    for i, tree in enumerate(sections):
+        assert not names(tree) & set().union(*defined[i + 1 :])
+    imports = lambda body: {a.name for n in body if isinstance(n, ast.Import) for a in n.names} | {
+        n.module for n in body if isinstance(n, ast.ImportFrom)}
+    assert not {"data", "click", "numpy"} & {n.split(".")[0] for n in imports(sections[0].body)}
+    for reader in ("images", "scenes", "curves", "pictures", "runs", "meshrender", "onnx_graph"):
+        assert "tinyinr" not in imports(
+            ast.walk(ast.parse((ROOT / "data" / f"{reader}.py").read_text())))
+
+
 def test_an_official_prior_averages_seeded_random_rays():
     query = {"rays_o": torch.arange(4096.0).view(1, -1, 1).expand(1, -1, 3), "near": torch.ones(1)}
     picked = tinyinr.subsample(query, 1024)["rays_o"][0, :, 0]
@@ -1073,9 +1094,10 @@ def test_processes_share_a_batch_without_overlap(monkeypatch):
     draw = lambda: next(tinyinr.curve_batches(cfg, recipe, curves.sampler("rbf"), start=3))[2]
     whole, parts = draw(), []
     for rank in range(3):
-        monkeypatch.setattr(tinyinr, "rank_and_world_size", lambda: (rank, 3))
+        for module in (tinyinr, evaluation):
+            monkeypatch.setattr(module, "rank_and_world_size", lambda: (rank, 3))
         parts.append(draw())
-        assert [i for i, _ in tinyinr.shard("abcdefgh")] == list(range(rank, 8, 3))
+        assert [i for i, _ in evaluation.shard("abcdefgh")] == list(range(rank, 8, 3))
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -1233,12 +1255,12 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
 
 
 def test_fields_are_read_as_typed():
-    assert tinyinr.parse_fields(["flip=true", "masked=no", "lr=3e-4", "dim=64"]) == {
+    assert commands.parse_fields(["flip=true", "masked=no", "lr=3e-4", "dim=64"]) == {
         "flip": True, "masked": False, "lr": 3e-4, "dim": 64}
     for pair, words in (("flip=maybe", "takes a bool"), ("dim=x", "takes a int"),
                         ("task=gp", "is unknown"), ("color=1", "is unknown")):
         with pytest.raises(ValueError, match=words):
-            tinyinr.parse_fields([pair])
+            commands.parse_fields([pair])
 
 
 def full_disk(file, data):
@@ -1462,7 +1484,7 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 def test_render_draws_what_the_function_is_in_the_photos_shape(trained, tmp_path):
     ckpt, model = trained[2] / "ckpt.pt", tinyinr.load(trained[2] / "ckpt.pt")
     noisy(30, 60).save(tmp_path / "wide.png")
-    code = model.encode(tinyinr.read_context(model, tmp_path / "wide.png")[0])
+    code = model.encode(rendering.read_context(model, tmp_path / "wide.png")[0])
     grid = tinyinr.pixel_grid(20, 40)[None]
     want = model.decode(code, {"coords": grid}).mean.clamp(0, 1).view(20, 40, 3)
     for out in ("r.png", "r.npz"):
@@ -1483,7 +1505,7 @@ def test_a_scene_is_rendered_from_given_cameras_and_all_around(source, tmp_path)
     file = scene / "transforms.json"
     run("render", source, scene, "-o", tmp_path / "views", "--size", 8, "--pose", file)
     views = scenes.read_scene(*scenes.find_scene(scene), model.cfg.image_size)
-    code = model.encode(tinyinr.scene_context(model, views))
+    code = model.encode(rendering.scene_context(model, views))
     focals, z = views.focals * 8 / model.cfg.image_size, None
     for i, pose in enumerate(views.poses):
         rays = zip(("rays_o", "rays_d"), tinyinr.camera_rays(pose, focals[i], 8, 8))
@@ -1504,7 +1526,7 @@ def test_codes_are_written_as_numbers_and_a_checkpoint_is_described(trained, tmp
     run("encode", out / "ckpt.pt", data, "-o", tmp_path / "codes.npz")
     codes = np.load(tmp_path / "codes.npz")
     assert codes["names"].tolist() == sorted(p.name for p in data.iterdir())
-    context = tinyinr.read_context(model, data / "p3.png")[0]
+    context = rendering.read_context(model, data / "p3.png")[0]
     row = codes["names"].tolist().index("p3.png")
     for name, value in model.encode(context).items():
         close(torch.from_numpy(codes[name][row]), value[0], 1e-4)
@@ -1528,7 +1550,7 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     scale = 100 / math.sqrt(3 / 8)  # y has mean 0 and standard deviation 0.5
     x, y = (torch.tensor(v).view(1, 3, 1) for v in ([-2.0, 0, 2], [-100 / scale, 100 / scale, 0]))
     grid = torch.linspace(-2, 2, 256)[None, :, None]
-    draws = tinyinr.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
+    draws = evaluation.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
     np.testing.assert_allclose(rows[:, 1], draws.mean.mean(0)[:, 0] * scale + 200, atol=0.05)
 
 
@@ -1544,7 +1566,7 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     """`large` is the PSNR of the function at the pixels of the larger images."""
     model = tiny("image", "transinr")
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
-    row = tinyinr.evaluate(model, tinyinr.image_cases(model, data, "cpu"))["all"]
+    row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
     code = model.encode({"image": data.pixels.float() / 255})
     grid = tinyinr.pixel_grid(32, 32)[None].expand(len(data), -1, -1)
     values = tinyinr.psnr(model.decode(code, {"coords": grid}).mean,
@@ -1565,8 +1587,8 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
     exact = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
                             encode=lambda context: context, decode=posterior)
     case = (x, y, None, ("rbf", hyper), n, "rbf")
-    joint = tinyinr.evaluate_curves(exact, [case], autoregressive=True)["rbf"]
-    marginal = tinyinr.evaluate_curves(exact, [case])["rbf"]
+    joint = evaluation.evaluate_curves(exact, [case], autoregressive=True)["rbf"]
+    marginal = evaluation.evaluate_curves(exact, [case])["rbf"]
     assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)
     assert marginal["target_ll"] == pytest.approx(marginal["gp"], abs=2e-3)
     assert joint["joint_ll"] > marginal["target_ll"] + 0.01
@@ -1575,14 +1597,14 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
 def test_pairs_are_random_views_of_each_object(tmp_path):
     model = tiny("nvs", "transinr")
     data = scenes.SceneSet(balls(tmp_path, "012", "34"), "test", 16)
-    cases = list(tinyinr.scene_cases(model, data, "cpu", pairs=7, batch=4))
+    cases = list(evaluation.scene_cases(model, data, pairs=7, batch=4))
     assert [len(case.target) for case in cases] == [4, 3, 4, 3]
     for i, case in enumerate(cases):
         own = data.poses[4 * (i // 2) : 4 * (i // 2) + 4, :, 3]
         seen, asked = case.context["poses"][:, 0, :, 3], case.query["rays_o"][:, 0]
         assert all(any(torch.equal(a, b) for b in own) for a in (*seen, *asked))
         assert not (seen == asked).all(1).any()
-    assert tinyinr.evaluate(model, cases)["balls"]["pictures"] == 14
+    assert evaluation.evaluate(model, cases)["balls"]["pictures"] == 14
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
@@ -1683,12 +1705,12 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_memory_is_kept_between_steps():
     """64 MB taken and freed again and again: the system has to hand out fresh pages once only."""
-    code = ("import resource, torch, tinyinr\n{}\nfor _ in range(12): torch.ones(2**24)\n"
+    code = ("import resource, torch\nfrom data import commands\n{}\nfor _ in range(12): torch.ones(2**24)\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "before = faults()\nfor _ in range(5): torch.ones(2**24)\nprint(faults() - before)")
     kept, lost = (int(subprocess.run([sys.executable, "-c", code.format(call)], cwd=ROOT,
                                      capture_output=True, check=True).stdout)
-                  for call in ("tinyinr.keep_memory()", ""))
+                  for call in ("commands.keep_memory()", ""))
     assert 4 * kept < lost
 
 
@@ -1705,8 +1727,8 @@ def test_a_stored_model_has_the_score_that_is_written_beside_it(path):
     assert path.stat().st_size < 5e6
     assert f"--task {model.cfg.task} --model {model.cfg.model}" in record["command"]
     limit, zoom = record["part_size"], 4 if model.cfg.task == "image" else 1
-    data = tinyinr.open_data(model.cfg, None, "test", limit=limit, zoom=zoom)
-    scores = tinyinr.score(model, data, tinyinr.choose_device("cpu"), count=limit)
+    data = evaluation.open_data(model.cfg, None, "test", limit=limit, zoom=zoom)
+    scores = evaluation.score(model, data, count=limit)
     for label, row in record["part"].items():
         for name, value in row.items():
             assert scores[label][name] == pytest.approx(value, abs=0.01), (label, name)
@@ -2107,9 +2129,9 @@ def test_example_renders_a_photo_at_any_size(tmp_path, exported, name):
     pixels = (rand(2 * side, side, 4).numpy() * 255).astype(np.uint8)
     Image.fromarray(pixels).save(photo)
     run_example("onnx_photo.py", folder / name, photo, 40, out)
-    context, shape = tinyinr.read_context(model, photo)
+    context, shape = rendering.read_context(model, photo)
     assert shape == (2 * side, side)
-    truth = tinyinr.render_image(model, model.encode(context), 40, 20)
+    truth = rendering.render_image(model, model.encode(context), 40, 20)
     off = np.int64(truth) - np.int64(Image.open(out))
     assert np.abs(off).max() <= 1 and np.std(truth) > 3
 
@@ -2316,14 +2338,14 @@ def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, serve
     for size in (64, 256, 512):
         browser.settle(choose(size))
         browser.settle(drop(photo))
-        context, shape = tinyinr.read_context(model, photo)
-        truth = tinyinr.render_image(model, model.encode(context),
+        context, shape = rendering.read_context(model, photo)
+        truth = rendering.render_image(model, model.encode(context),
                                      *(round(n * size / max(shape)) for n in shape))
         drawn = browser.canvas()
         assert drawn.shape == truth.shape and truth.std() > 3
         assert np.abs(np.int64(drawn) - truth).max() <= 1
     browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times
-    code = model.encode(tinyinr.read_context(model, photo)[0])
+    code = model.encode(rendering.read_context(model, photo)[0])
     rows, cols = (((torch.arange(n) + 0.5) * 2 / n - 1) / 8 for n in truth.shape[:2])
     coords = torch.cartesian_prod(rows, cols)[None]
     mean = tinyinr.predict(model, code, {"coords": coords}).mean[0].view(truth.shape)
@@ -2381,6 +2403,8 @@ def test_the_page_says_what_is_missing(tmp_path, exported, served, browser):
     spoiled = re.sub(r"sha384-....", "sha384-AAAA", file.read_text())
     (exported[0] / "spoiled.html").write_text(spoiled)
     assert "fetch" in browser.open(f"{served}/spoiled.html")  # a hash that is not the runtime's
+
+
 # ------------------------------------------------------------------------- readers and drawers
 
 

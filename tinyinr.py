@@ -27,26 +27,19 @@ near, far and points_per_ray are optional. std has the shape of mean; None: dete
 """
 
 import contextlib
-import ctypes
-import functools
 import io
 import itertools
 import json
 import math
 import os
 import re
-import shlex
-import signal
-import sys
 import time
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -634,6 +627,7 @@ class Curve(Signal):
 
 
 SIGNALS = {"image": Image, "nvs": Scene, "gp": Curve}
+
 
 # ------------------------------------------------------------------------- TransINR
 
@@ -1227,7 +1221,7 @@ def skip_empty_rays(signal: Signal, query: dict):
     return select_queries(query, keep), place
 
 
-def predict(model, code: dict, query: dict, z=None, chunk: int = 0, decode=None):
+def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Prediction:
     """model.decode of any number of queries, in chunks of about `chunk` points, one z for all.
 
     chunk 0: what fits a CPU's cache, or what fills a GPU.
@@ -1239,10 +1233,9 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0, decode=None)
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
     query, place = skip_empty_rays(model.signal, query)
-    parts = [(decode or model.decode)(code, select_queries(query, slice(i, i + step)), z=z)
+    parts = [model.decode(code, select_queries(query, slice(i, i + step)), z=z)
              for i in range(0, max(1, n_queries(query)), step)]
-    values = (None if part[0] is None else torch.cat(part, 1)[:, place] for part in zip(*parts))
-    return type(parts[0])(*values)
+    return Prediction(*(None if v[0] is None else torch.cat(v, 1)[:, place] for v in zip(*parts)))
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -1616,47 +1609,9 @@ BATCHES = {"image": image_batches, "nvs": scene_batches, "gp": curve_batches}
 # ------------------------------------------------------------------------- training
 
 
-@contextlib.contextmanager
-def processes(device: str, patience: float = 600.0):
-    """Join the processes that torchrun started, if it did; only the main one prints and writes.
-
-    CPU tensors are exchanged by gloo, GPU tensors by nccl, each process on a GPU of its own. A
-    process that waits `patience` seconds in vain for the others gives up.
-    """
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=timedelta(seconds=patience))
-    try:
-        with open(os.devnull, "w") as null:
-            with contextlib.redirect_stdout(sys.stdout if is_main_process() else null):
-                yield
-        dist.barrier()  # none leaves while another still asks for it
-    finally:
-        dist.destroy_process_group()
-
-
 def is_main_process() -> bool:
     """Whether this is the process that writes."""
     return rank_and_world_size()[0] == 0
-
-
-def shard(items):
-    """(i, item) for every item that is this process's turn: number `rank` of every world_size."""
-    rank, world_size = rank_and_world_size()
-    return itertools.islice(enumerate(items), rank, None, world_size)
-
-
-def all_gather(rows: list) -> list:
-    """The (i, ...) rows of all processes in the order of i."""
-    parts = [rows]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    return sorted(itertools.chain(*parts), key=lambda row: row[0])
 
 
 def all_reduce_max(*values: float) -> list[float]:
@@ -1705,9 +1660,9 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
     check_choice("device", name, there)
+    check_choice("precision", precision, ("auto", "fp32", "bf16"))
     if not there[name]:
         raise ValueError(f"device={name!r}, but PyTorch finds none here; use cpu or auto")
-    check_choice("precision", precision, ("auto", "fp32", "bf16"))
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
     if precision != "auto":
         bf16, why = precision == "bf16", "as asked for"
@@ -1856,7 +1811,7 @@ class Run:
         mean = sum(self.loss(batch, None, self.recipe.kl_weight) for batch in held_out)
         mean = mean / len(held_out)
         all_reduce_mean([mean])
-        return [float(mean[0]), -10 * math.log10(max(float(mean[1]), 1e-12))]
+        return [float(mean[0]), to_psnr(float(mean[1]))]
 
     def check(self):
         """Raise RunFailed if a loss was not finite since the run began, in any process."""
@@ -1880,58 +1835,51 @@ class Run:
 SAVE_SECONDS, LOG_SECONDS = 60.0, 5.0  # between checkpoints and log lines
 
 
-def train(run: Run, batches, out: Path, steps: int, minutes: float, held_out=()):
+def train(run: Run, batches, out: Path, steps: int, minutes: float, held_out=(), stop=lambda: 0):
     """Train until `steps` or `minutes` are over; log to out/log.jsonl, save to out/ckpt.pt.
 
     batches(device, start): endless batches. held_out: batches to validate on, every tenth of the
-    run. Returns the name of the signal that ended the run early, or None. The processes of a run
-    agree before every step on the time and what is next.
+    run. stop(): not 0 once the run should end early; its value is returned, else 0. The processes
+    of a run agree before every step on the time and what is next.
     """
-    stop_signals, handlers = [0], {}
-    with contextlib.suppress(ValueError):  # handlers are for the main thread only
-        handlers = {s: signal.signal(s, lambda s, _: stop_signals.append(s))
-                    for s in (signal.SIGINT, signal.SIGTERM)}
-    part = lambda: run.step / steps if steps else run.elapsed / (60 * minutes)
-    begun, first = part(), run.step
-    tenth, sums = int(10 * begun), None
+    part = lambda: run.step / steps if steps else run.elapsed / (60 * minutes)  # of the run
+    begun, before, first, sums = part(), run.elapsed, run.step, None
     started = logged = saved = time.monotonic()
-    before = run.elapsed
-    try:
-        batches = batches(run.device.name, run.step)
-        while True:
-            now = time.monotonic()
-            run.elapsed, log, save, stop = all_reduce_max(
-                before + now - started, now - logged > LOG_SECONDS, now - saved > SAVE_SECONDS,
-                stop_signals[-1])
-            progress = part()
-            over, due = stop or progress >= 1, int(10 * progress) > tenth
-            if sums is not None and (log or over or due):
-                run.check()
-                row = log_row(run, sums, now - logged, run.step - first)
-                if held_out and due:
-                    row["val_loss"], row["val_psnr"] = run.validate(held_out)
-                row["eta"] = (now - started) * max(0, 1 - progress) / (progress - begun)
-                print_row(row, out, progress)
-                first, tenth, sums, logged = run.step, int(10 * progress), None, time.monotonic()
-            if save or over:
-                run.save(out / "ckpt.pt")
-                saved = now
-            if over:
-                return signal.Signals(int(stop)).name if stop else None
-            sums = run.update(next(batches), progress) + (0 if sums is None else sums)
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    tenth, batches = int(10 * begun), batches(run.device.name, run.step)
+    while True:
+        now = time.monotonic()
+        run.elapsed, log, save, end = all_reduce_max(
+            before + now - started, now - logged > LOG_SECONDS, now - saved > SAVE_SECONDS, stop())
+        progress = part()
+        over, due = end or progress >= 1, int(10 * progress) > tenth
+        if sums is not None and (log or over or due):
+            run.check()
+            row = log_row(run, sums / (run.step - first), (now - logged) / (run.step - first))
+            if held_out and due:
+                row["val_loss"], row["val_psnr"] = run.validate(held_out)
+            row["eta"] = (now - started) * max(0, 1 - progress) / (progress - begun)
+            print_row(row, out, progress)
+            first, tenth, sums, logged = run.step, int(10 * progress), None, time.monotonic()
+        if save or over:
+            run.save(out / "ckpt.pt")
+            saved = now
+        if over:
+            return int(end)
+        sums = run.update(next(batches), progress) + (0 if sums is None else sums)
 
 
-def log_row(run: Run, sums: Tensor, seconds: float, steps: int) -> dict:
-    """What is logged of some steps: loss and PSNR are means over them and over all processes."""
-    means = sums / steps
+def to_psnr(mse: float) -> float:
+    """A mean squared error of values in [0, 1] in dB."""
+    return -10 * math.log10(max(mse, 1e-12))
+
+
+def log_row(run: Run, means: Tensor, seconds: float) -> dict:
+    """What is logged of some steps: mean loss and error (2,), and seconds a step."""
     all_reduce_mean([means])
     loss, mse = means.tolist()
-    return {"step": run.step, "loss": loss, "psnr": -10 * math.log10(max(mse, 1e-12)),
-            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds / steps,
-            "signals_per_s": run.recipe.batch_size * steps / seconds, "elapsed": run.elapsed}
+    return {"step": run.step, "loss": loss, "psnr": to_psnr(mse),
+            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds,
+            "signals_per_s": run.recipe.batch_size / seconds, "elapsed": run.elapsed}
 
 
 def print_row(row: dict, out: Path, progress: float):
@@ -1941,12 +1889,12 @@ def print_row(row: dict, out: Path, progress: float):
             f.write(json.dumps(row) + "\n")
     val = "  val {val_loss:.4f}, {val_psnr:.2f} dB".format(**row) if "val_loss" in row else ""
     bar = "=" * int(20 * min(1.0, progress))
-    click.echo(f"[{bar:20}] step {row['step']}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f} dB"
-               f"{val}  lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
-               f"eta {row['eta'] // 60:.0f}:{row['eta'] % 60:02.0f}")
+    print(f"[{bar:20}] step {row['step']}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f} dB"
+          f"{val}  lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
+          f"eta {row['eta'] // 60:.0f}:{row['eta'] % 60:02.0f}", flush=True)
 
 
-# ------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------- test-time optimization
 
 
 def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int = 1024) -> dict:
@@ -1976,887 +1924,15 @@ def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int
     return {k: v.detach() for k, v in code.items()}
 
 
-def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
-    """The code of a context, refined on it by `tto` steps."""
-    code = model.encode(context)
-    return optimize(model, code, context, tto) if tto else code
-
-
-def mean_scores(parts: list, counted: str) -> dict:
-    """{label: {score: mean, score_se: its standard error, counted: how many}}, of all processes.
-
-    parts: (i, labels, {score: values}).
-    """
-    rows, out = {}, {}
-    parts = [(i, labels, {k: v.flatten().cpu() for k, v in s.items()}) for i, labels, s in parts]
-    for _, labels, scores in all_gather(parts):
-        for label, (name, value) in itertools.product(labels, scores.items()):
-            rows.setdefault(label, {}).setdefault(name, []).append(value)
-    for label, row in rows.items():
-        row = {k: torch.cat(v) for k, v in row.items()}
-        out[label] = {k: float(v.mean()) for k, v in row.items()}
-        for k, v in row.items():
-            if len(v) > 1:
-                out[label][f"{k}_se"] = float(v.std() / len(v) ** 0.5)
-        out[label][counted] = max(map(len, row.values()))
-    return out
-
-
-class Case(NamedTuple):
-    """Signals to score: target (B, pictures, pixels, 3), and larger true images (B, 3, H, W)."""
-
-    context: dict
-    query: dict
-    target: Tensor
-    label: str
-    large: Tensor | None = None
-
-
-def image_cases(model, data, device: str, only=None, batch=32):
-    """Every image, or `only` some; of a masked model with 10, 30 and 50 % of its pixels, too."""
-    grid, groups = pixel_grid(*2 * (model.cfg.image_size,), device)[None], {}
-    for i in range(len(data)) if only is None else only:
-        groups.setdefault((data.labels[i], bool(data.native[i])), []).append(i)
-    for fraction in (1.0, 0.1, 0.3, 0.5) if model.cfg.masked else (1.0,):
-        for (label, native), members in groups.items():
-            for i in range(0, len(members), batch):
-                picked = members[i : i + batch]
-                pixels, large = next(data.batches([(picked, 0)]))
-                context = {"image": pixels.to(device).float() / 255}
-                if fraction < 1:
-                    context["mask"] = random_masks(context["image"], fraction, fraction,
-                                                   [generator(0, k) for k in picked])
-                yield Case(context, {"coords": grid}, context["image"].flatten(2).mT.unsqueeze(1),
-                           label if fraction == 1 else f"{label}, {fraction:.0%} seen",
-                           large if native and fraction == 1 else None)
-
-
-def scene_cases(model, data, device: str, only=None, pairs=0, batch=10):
-    """Every scene's other views from its first ones; or `pairs` random (context, target) views."""
-    n, (height, width) = model.cfg.n_views, data.images.shape[-2:]
-    for i in range(len(data.counts)) if only is None else only:
-        images, poses, focals = data[i][:3]
-        views = torch.arange(len(images))[None]
-        if pairs:
-            views = torch.stack([torch.randperm(len(images), generator=generator(0, 15, i, j))
-                                 for j in range(pairs)])[:, : n + 1]
-        for seen, asked in ((v[:, :n], v[:, n:]) for v in views.split(batch)):  # (B, V)
-            rays = camera_rays(poses[asked], focals[asked], height, width)
-            rays_o, rays_d = (r.flatten(1, 3) for r in rays)  # (B, V H W, 3)
-            context = {"images": images[seen].float() / 255, "poses": poses[seen],
-                       "focals": focals[seen]}
-            target = images[asked].flatten(3).transpose(2, 3).float() / 255  # (B, V, H W, 3)
-            yield Case(*(to_device(x, device) for x in (
-                context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i])
-
-
-@torch.no_grad()
-def evaluate(model, cases, tto: int = 0) -> dict:
-    """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
-
-    Returns {label: {"psnr", "psnr_se", ..., "pictures"}}, of whole images and scenes of several
-    labels the label "all", too.
-    """
-    parts = []
-    for i, (context, query, target, label, large) in shard(cases):
-        code = encode_for(model, context, tto)
-        prediction = predict(model, code, query)
-        mean = prediction.mean.view(target.shape)
-        scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
-        if prediction.std is not None:
-            inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
-            scores["coverage"] = inside.float().mean((-2, -1))
-        if "mask" in context:
-            from data.images import nearest_filling
-            filled = nearest_filling(context["image"], context["mask"])
-            scores["nearest"] = psnr(filled[:, None], target)
-        if "images" in context:
-            view = context["images"][:, :1].flatten(3).transpose(2, 3)
-            scores["white"] = psnr(torch.ones_like(target), target)
-            scores["context_view"] = psnr(view.expand_as(target), target)
-        if large is not None:
-            truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
-            sizes = context["image"].shape[-2:], large.shape[-2:]
-            coords = pixel_grid(*sizes[1], target.device).expand(len(mean), -1, -1)
-            enlarged = lambda pixels: F.interpolate(
-                pixels.mT.unflatten(2, sizes[0]), sizes[1], mode="bicubic").flatten(2).mT
-            scores["large"] = psnr(predict(model, code, {"coords": coords}).mean, truth)
-            scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
-            scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
-        parts.append((i, {label} if "mask" in context else {label, "all"}, scores))
-    out = mean_scores(parts, "pictures")
-    whole = [label for label in out if "seen" not in label and label != "all"]
-    return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
-
-
-def mixture(prediction: Prediction, batch: int) -> Prediction:
-    """Mean and std over latent samples, (B S, M, C) -> (B, M, C)."""
-    mean, std = (v.unflatten(0, (batch, -1)) for v in prediction)
-    return Prediction(mean.mean(1), (std.square().mean(1) + mean.var(1, correction=0)).sqrt())
-
-
-def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
-    """Predictions at x (B, M, 1), one a latent sample: (B S, M, D); S = 1 without latents."""
-    code = model.encode(context)
-    if model.cfg.model != "vnp":
-        return model.decode(code, {"x": x})
-    size = (model.cfg.n_blocks, len(x) * samples, 1, model.cfg.latent)
-    return model.decode(code, {"x": x}, torch.randn(size, generator=gen).to(x), samples=samples)
-
-
-def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
-    """Log density of every value y (B, M, D) under the mixture of the latent samples."""
-    ll = log_likelihood(prediction, y.repeat_interleave(len(prediction.mean) // len(y), 0))
-    ll = ll.unflatten(0, (len(y), -1))  # (B, S, M, D)
-    return ll.logsumexp(1) - math.log(ll.shape[1])
-
-
-def curve_cases(data, count: int, seed: int = 0):
-    """Sets to score on, of every kernel, or windows of a set of series.
-
-    (x (B, N, 1), y (B, N, D), mask or None, (kernel, hyperparameters) or None, context size, label)
-    """
-    from data import curves
-    if data is not None:
-        windows = ((*xym, None, n, "series") for *xym, n in data.windows())
-        return itertools.islice(windows, count) if count else windows
-    return ((x, y, None, (kernel, hyper), n, kernel) for kernel in curves.KERNELS
-            for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed))
-
-
-@torch.no_grad()
-def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 50) -> dict:
-    """Log-likelihood per value and label, of the model and of exact GP posteriors: see LEGEND.
-
-    autoregressive: the joint one instead: targets one by one in a seeded random order, each given
-    the true ones before it.
-    """
-    from data import curves
-    parts, device = [], model.freqs.device
-    for i, (x, y, mask, true, n, label) in shard(cases):
-        gen = generator(i, 7)
-        if autoregressive:  # the targets in their order
-            order = torch.cat((torch.arange(n), n + torch.randperm(x.shape[1] - n, generator=gen)))
-            x, y, mask = x[:, order], y[:, order], None if mask is None else mask[:, order]
-        xs, ys = x.float().to(device), y.float().to(device)
-        known = torch.ones_like(ys) if mask is None else mask.to(ys)
-        given = lambda n: {"x": xs[:, :n], "y": ys[:, :n], "mask": known[:, :n]}
-        seen, rest = (x[:, :n], y[:, :n]), (x[:, n:], y[:, n:])
-        mean = lambda v, known: (v * known).sum() / known.sum()
-        if autoregressive:
-            ll = [mixture_log_likelihood(
-                sample_curves(model, given(j), xs[:, j : j + 1], samples, gen), ys[:, j : j + 1])
-                for j in range(n, x.shape[1])]
-            scores = {"joint_ll": mean(torch.cat(ll, 1), known[:, n:])}
-            if true:
-                scores["gp_joint"] = curves.joint_log_likelihood(true[0], *seen, *rest,
-                                                                 true[1]).mean()
-            parts.append((i, (label,), scores))
-            continue
-        prediction = sample_curves(model, given(n), xs, samples, gen)
-        ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
-        inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
-        scores = {"target_ll": mean(ll[:, n:], known[:, n:]),
-                  "context_ll": mean(ll[:, :n], known[:, :n]),
-                  "coverage": mean(inside[:, n:], known[:, n:])}
-        if true:
-            posterior = curves.gp_posterior(true[0], *seen, rest[0], true[1])
-            scores["gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
-        if y.shape[-1] == 1:
-            noises = (curves.NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
-            hyper, noise = curves.fit_gp(*seen, noises)
-            posterior = curves.gp_posterior("rbf", *seen, rest[0], hyper, noise)
-            scores["fitted_gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
-        parts.append((i, (label,), scores))
-    return mean_scores(parts, "sets")
-
-
-LEGEND = {
-    "psnr": "dB, mean over pictures +- standard error, of values clamped to [0, 1]",
-    "psnr_unclamped": "the same of values as they are",
-    "coverage": "part of the values in the central 95 % of the prediction",
-    "nearest": "dB of every pixel with the color of the nearest seen one",
-    "white": "dB of a white picture", "context_view": "dB of the first context view",
-    "large": "dB at the true larger image's size, of the function there",
-    "large_bicubic": "the same of its own small picture enlarged",
-    "truth_bicubic": "the same of the true small picture enlarged",
-    "target_ll": "marginal log-likelihood per target, given the context alone",
-    "context_ll": "the same of the context's own points",
-    "gp": "the exact posterior of the true kernel, the ceiling",
-    "fitted_gp": "an RBF kernel fitted to each context",
-    "joint_ll": "joint log-likelihood per target, each given the true ones before it",
-    "gp_joint": "the exact joint of the true kernel, the ceiling",
-    "sets": "each of up to 16 curves, with one context size",
-}
-
-
-# ------------------------------------------------------------------------- rendering
-
-
-class Rendering(NamedTuple):
-    """Color (B, R, 3), depth and opacity (B, R, 1) of rays."""
-
-    mean: Tensor
-    depth: Tensor
-    opacity: Tensor
-
-
-def decode_depth(model, code, query, z=None) -> Rendering:
-    """As model.decode for scenes, with depth and opacity."""
-    color, depth, opacity = model.signal.render(*model.raw_field(code, query, z=z))
-    return Rendering(color, depth.unsqueeze(-1), opacity.unsqueeze(-1))
-
-
-def prediction_panels(model, case: Case) -> list[Tensor]:
-    """Pictures (H, W, 3) of one signal: what was seen, the truth, and the model's prediction."""
-    cfg, code, context = model.cfg, model.encode(case.context), case.context
-    fold = lambda pixels: pixels[0].unflatten(0, (cfg.image_size,) * 2).expand(-1, -1, 3)
-    truth = fold(case.target[:, 0])
-    if "images" in context:
-        part = select_queries(case.query, slice(0, cfg.image_size**2))
-        view = predict(model, code, part, decode=functools.partial(decode_depth, model))
-        depth = (cfg.far - view.depth - (1 - view.opacity) * cfg.far) / (cfg.far - cfg.near)
-        return [context["images"][0, 0].movedim(0, -1), truth, fold(view.mean), fold(depth)]
-    prediction = predict(model, code, case.query)
-    out = [truth, fold(prediction.mean)]
-    if "mask" in context:
-        image, mask = context["image"], context["mask"]
-        out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
-    if prediction.std is not None:
-        out.append(fold(prediction.std / prediction.std.max()))
-    return out
-
-
-@torch.no_grad()
-def sample_pictures(model, data, device: Device, count: int = 12):
-    """Held-out signals: truth above prediction, or plots of curves, as one picture (uint8)."""
-    from data import pictures
-    if model.cfg.task == "gp":
-        rows = []
-        for x, y, mask, _, n, _ in itertools.islice(curve_cases(data, 2), 6):
-            x, y = x[0].float(), y[0].float()
-            mask = torch.ones_like(y) if mask is None else mask[0]
-            rows.append(curve_plots(model, *((v[:n], v[n:]) for v in (x, y, mask))))
-        return pictures.image_grid([sum(rows[:3], []), sum(rows[3:], [])])
-    only = sorted({i * len(data) // count for i in range(count)})
-    cases = scene_cases if model.cfg.task == "nvs" else image_cases
-    cases = [case for case in cases(model, data, device.name, only, batch=1)]
-    part = [case for case in cases if "30% seen" in case.label] or cases
-    columns = (prediction_panels(model, case) for case in part[:count])
-    return pictures.image_grid([[pictures.enlarge(pictures.to_uint8(p)) for p in row]
-                                for row in zip(*columns)])
-
-
-@torch.no_grad()
-def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction, Tensor]:
-    """A context x (N, 1), y and mask (N, D) -> a grid (K, 1) over [-2, 2], Prediction (K, D) on it,
-    and the mean of each of up to 5 latent samples (S, K, D)."""
-    grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
-    context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
-    draws = sample_curves(model, context, grid, 32, generator(8))
-    band = Prediction(*(v[0] for v in mixture(draws, 1)))
-    return grid[0], band, draws.mean[:5] if len(draws.mean) > 1 else draws.mean[:0]
-
-
-def table_parts(model, table) -> list[tuple]:
-    """A series in parts that the model reads: (x, y, mask, units) each."""
-    from data import curves
-    most = curves.MAX_CONTEXT if model.cfg.n_values == 1 else WINDOW
-    return curves.windows_of(table, model.cfg.n_values, most)
-
-
-def curve_plots(model, x, y, mask, *args) -> list:
-    """pictures.curve_plots of the model's prediction from the context, the first of each pair."""
-    from data import pictures
-    return pictures.curve_plots(*curve_band(model, x[0], y[0], mask[0]), x, y, mask, *args)
-
-
-def render_curve(model, table, width: int):
-    """Plots of a series, one a value; of a long one several, row by row (uint8)."""
-    from data import pictures
-    plots = []
-    for *xym, units in table_parts(model, table):
-        plots += curve_plots(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
-                             table.x_name, table.y_names, table.origin)
-    columns = math.isqrt(len(plots) - 1) + 1
-    return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
-
-
-def tabulate_curve(model, table) -> dict:
-    """{column: numbers} of a series' prediction in its units: x, mean and std of every value."""
-    columns = {}
-    for *xym, (a, b, c, d) in table_parts(model, table):
-        grid, band, _ = curve_band(model, *xym)
-        columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
-        for j, name in enumerate(table.y_names[: model.cfg.n_values]):
-            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d)):
-                columns.setdefault(f"{name} {kind}", []).append(v[:, j])
-    return {k: torch.cat(v).double().numpy() for k, v in columns.items()}
-
-
-def read_context(model, path) -> tuple[dict, tuple[int, int]]:
-    """A photo, squeezed to a square, as the context of a model of images, and its shape (H, W)."""
-    from data.images import read_photo
-    size = model.cfg.image_size
-    pixels, shape = read_photo(path, size, size // model.cfg.patch)
-    return {"image": pixels[None].to(model.freqs) / 255}, shape
-
-
-@torch.no_grad()
-def render_image(model, code: dict, height: int, width: int):
-    """The picture (height, width, 3) uint8 of an image's code, row by row.
-
-    The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
-    """
-    z = model.latents(code, {})[0] if model.cfg.model == "vnp" else None
-    rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
-                  for n in (height, width))
-    parts = []
-    for some in track(rows.split(max(1, (1 << 16) // width)), "rendering"):
-        values = model.decode(code, {"coords": torch.cartesian_prod(some, cols)[None]}, z=z).mean
-        parts.append((values.clamp(0, 1) * 255).round().byte().cpu().view(-1, width, 3))
-    return torch.cat(parts).numpy()
-
-
-def scene_context(model, scene) -> dict:
-    """The first views of a scene, as many as a model reads. Errors: ValueError if it has fewer."""
-    n = model.cfg.n_views
-    if len(scene.images) < n:
-        raise ValueError(f"{len(scene.images)} views, but this model reads {n}; give more, or "
-                         "take a model with fewer --views")
-    context = {"images": scene.images[None, :n] / 255, "poses": scene.poses[None, :n],
-               "focals": scene.focals[None, :n]}
-    return to_device(context, model.freqs.device)
-
-
-def turntable(scene, size: int, frames: int = 36) -> tuple[Tensor, Tensor]:
-    """Poses and focals of cameras on a circle at the elevation of a scene's first view."""
-    eye = scene.poses[0, :, 3]
-    flat, start = eye[:2].norm().clamp(min=1e-3), torch.atan2(eye[1], eye[0])
-    angles = start + 2 * math.pi * torch.arange(frames) / frames
-    poses = [look_at(torch.stack((flat * a.cos(), flat * a.sin(), eye[2]))) for a in angles]
-    return torch.stack(poses), scene.focals[:1].expand(frames, 2) * size / scene.images.shape[-1]
-
-
-@torch.no_grad()
-def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) -> list:
-    """Views (size, size, 3) uint8 of a scene's code from cameras (F, 3, 4), (F, 2)."""
-    z, views = None, []
-    for pose, focal in track(list(zip(poses, focals)), "rendering"):
-        rays_o, rays_d = (r.flatten(0, 1)[None].to(model.freqs)
-                          for r in camera_rays(pose, focal, size, size))
-        query = {"rays_o": rays_o, "rays_d": rays_d}
-        if z is None and model.cfg.model == "vnp":  # once for all views
-            z = model.latents(code, subsample(query, 1024))[0]
-        pixels = predict(model, code, query, z).mean.clamp(0, 1)
-        views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
-    return views
-
-
-@torch.no_grad()
-def attention_picture(model, context: dict):
-    """What each layer's weight tokens attend to, and base beside generated weights ([1] Sec. 5).
-
-    Upper row: the image, then per layer the attention to its patches (mean over blocks, heads
-    and tokens). Below, per layer: base weights, and generated ones (red positive, blue negative).
-    """
-    from data import pictures
-    cfg, maps = model.cfg, 0
-    data = model.tokenizer(*model.signal.inputs(context))  # (B, T, D)
-    n = data.shape[1]
-    x = torch.cat((data, model.weight_tokens.expand(len(data), -1, -1)), 1)
-    for block in model.transformer:
-        q, k, _ = (t.unflatten(-1, (cfg.n_heads, -1)).transpose(1, 2)
-                   for t in block.qkv(block.norm1(x)).chunk(3, -1))
-        maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, n:, :n]
-        x = block(x)
-    maps = maps if cfg.depth else torch.ones(1, sum(model.n_tokens), n)
-    weights = {k: wb[0, :-1] for k, wb in model.encode(context).items() if k in model.shapes}
-    heat = {k: m.mean(0) for k, m in zip(model.shapes, maps[0].split(model.n_tokens))}
-    return pictures.attention_sheet(context["image"][0].movedim(0, -1), heat,
-                                    {k: model.base[k][:-1] for k in weights}, weights)
-
-
 # ------------------------------------------------------------------------- command line
 
 
-class Commands(click.Group):
-    """Commands whose errors end in one line: exit code 2 where they are the user's, else 1."""
-
-    def invoke(self, ctx):
-        keep_memory()
-        return in_one_line(ctx, super().invoke)
-
-
-def in_one_line(ctx, invoke):
-    """Invoke a command; what is the user's to mend is told in one line."""
-    try:
-        return invoke(ctx)
-    except KeyboardInterrupt:
-        error, code = "stopped; files are written whole or not at all", 130
-    except RunFailed as e:
-        error, code = e, 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
-            raise
-        more = "; out of memory: take a smaller batch, model or size"
-        error, code = f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2
-    click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-    ctx.exit(code)
-
-
-def keep_memory():
-    """Have glibc keep what a step frees instead of handing it back page by page to the system.
-
-    For a program's start, not for a library's: it is the whole process's. A step takes 106 instead
-    of 125 ms (scenes, Zen 4).
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries differ
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks ...
-        libc.mallopt(-4, 0)  # ... and (M_MMAP_MAX) holds large blocks, too
-
-
-def track(items, label: str, length: int | None = None):
-    """The items, with a progress bar of the main process where there is a terminal."""
-    hidden = not (is_main_process() and sys.stderr.isatty())
-    with click.progressbar(items, length, label, file=sys.stderr, hidden=hidden) as bar:
-        yield from bar
-
-
-@click.group(cls=Commands, context_settings={"max_content_width": 100})
-def cli():
-    """Generalizable implicit neural representations: TransINR and VNP; images, scenes, curves."""
-
-
-def open_data(cfg: ModelConfig, path, split: str, recipe=None, limit: int = 0, zoom: int = 1):
-    """The signals of one split (or of "all"): of a folder, zip or table, or of the bundled set.
-
-    None: curves that are drawn from Gaussian processes. The layout is printed.
-    """
-    if path == "":
-        raise ValueError("--data is empty; give a folder or zip, or leave the option out")
-    if cfg.task == "gp":
-        if path is None:
-            return None
-        from data.curves import CurveSet
-        data = CurveSet(path, split if split == "train" or Path(path).is_dir() else "all",
-                        limit=limit, n_values=cfg.n_values,
-                        points=48 if cfg.n_values == 1 else WINDOW)
-    elif cfg.task == "image":
-        from data.images import ImageSet
-        crop = bool(recipe and recipe.random_crop and split == "train")
-        data = ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
-                        cfg.image_size // cfg.patch)
-    else:
-        from data.scenes import SceneSet
-        data = SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
-                        recipe.train_views if recipe else 0, limit)
-    click.echo(data.source)
-    return data
-
-
-OPTION_TASKS = {"tto": ("image", "nvs"), "pairs": ("nvs",), "views": ("nvs",), "pose": ("nvs",),
-                "zoom": ("image",), "columns": ("gp",), "autoregressive": ("gp",)}
-
-
-def check_options(task: str, **given):
-    """Raise ValueError for a given option that a task does not have."""
-    for name, value in given.items():
-        if value and task not in OPTION_TASKS[name]:
-            raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
-                             f"for {task}")
-
-
-def score(model, data, device: Device, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
-    """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
-
-    count: of images and scenes only the first so many, 0 all. pairs: random (context, target)
-    views of every scene.
-    """
-    task = model.cfg.task
-    check_options(task, tto=tto, pairs=pairs, autoregressive=autoregressive)
-    if task == "gp":
-        cases = curve_cases(data, count if data else count or 50, seed)
-        return evaluate_curves(model, track(cases, "scoring"), autoregressive)
-    only = range(min(count or len(data), len(data)))
-    if task == "image":
-        return evaluate(model, track(image_cases(model, data, device.name, only), "scoring"), tto)
-    cases = scene_cases(model, data, device.name, only, pairs)
-    return evaluate(model, track(cases, "scoring", len(only)), tto)
-
-
-def report(scores: dict):
-    """Print scores {label: {name: value}} as a table, mean +- standard error, and its legend."""
-    names = {}
-    for label, row in scores.items():
-        words = []
-        for name, value in row.items():
-            if not name.endswith("_se"):
-                error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
-                words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
-                             f"{name} {value}")
-                names[name] = None
-        click.echo(f"{label:>12}  " + "  ".join(words))
-    for name in names:
-        if name in LEGEND:
-            click.echo(f"  {name}: {LEGEND[name]}")
-
-
-def banner(run: Run):
-    """Print what is about to run: configuration, parameters by part, device and why."""
-    count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
-    model, cfg, recipe = run.model, run.cfg, run.recipe
-    parts = {name: count(part) for name, part in model.named_children()}
-    parts["tokens"] = count(model) - sum(parts.values())
-    given = " ".join(f"{f.name}={getattr(c, f.name)}" for c in (cfg, recipe) for f in fields(c)
-                     if getattr(c, f.name) != f.default)
-    click.echo(f"{cfg.model} on {cfg.task}, preset {recipe.preset}: {given}")
-    click.echo(f"{count(model):.2f} M parameters: "
-               + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 1e-9))
-    click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads; {run.device.why}")
-
-
-LENGTHS = ("steps", "minutes", "epochs")  # of a run
-
-
-@cli.command("train")
-@click.option("--task", type=click.Choice(["image", "nvs", "gp"]), help="[default: image]")
-@click.option("--model", type=click.Choice(["transinr", "vnp"]),
-              help="[default: vnp for gp, else transinr]")
-@click.option("--preset", help=f"One of {', '.join(PRESETS)}.  [default: small]")
-@click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
-@click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
-@click.option("--batch-size", type=click.IntRange(1), help="Signals a step, of all processes.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--seed", type=int)
-@click.option("--set", "extra", multiple=True, metavar="NAME=VALUE", help="Any config field.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
-@click.option("--precision", help="fp32, bf16 or auto.  [default: auto; the papers' presets: fp32]")
-@click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
-@click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
-def train_command(extra, device, precision, out, resume, overwrite, smoke, **options):
-    """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
-    if options["steps"] and options["minutes"]:
-        raise ValueError("--steps and --minutes exclude each other; give one")
-    given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
-    if smoke:
-        given = {"steps": 3, "batch_size": 2} | given
-    if any(given.get(name) for name in LENGTHS):  # the one that is given counts alone
-        given = dict.fromkeys(LENGTHS, 0) | given
-    skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
-    cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
-    out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
-    path, ckpt = given.get("data"), None
-    if resume:
-        cfg, recipe, path, ckpt = read_run(out / "ckpt.pt", given)
-    elif (out / "ckpt.pt").exists() and not (overwrite or smoke):
-        raise ValueError(f"{out} holds a run already; choose another --out, go on with --resume, "
-                         "or replace it with --overwrite")
-    if not any(getattr(recipe, name) for name in LENGTHS):
-        raise ValueError("steps, minutes and epochs are all 0; give one of them")
-    ours = recipe.preset in ("small", "paper-small", "vnp-gp")
-    device = choose_device(device, precision or ("auto" if ours else "fp32"))
-    from data.runs import locked
-    with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
-        run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
-
-
-def parse_fields(pairs) -> dict:
-    """NAME=VALUE pairs -> config fields, of their types."""
-    known = {f.name: type(f.default) for c in (ModelConfig, TrainConfig) for f in fields(c)}
-    for name in ("task", "model", "preset"):
-        known.pop(name)
-    words, out = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}, {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        check_choice("--set", name, known)
-        try:
-            out[name] = words[value.lower()] if known[name] is bool else known[name](value)
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"--set {pair}: {name} takes a {known[name].__name__}") from e
-    return out
-
-
-def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | None, dict]:
-    """Config, recipe, data and checkpoint of the run to resume; its length may be given anew.
-
-    Errors: ValueError where there is none, or a given field differs from the run's.
-    """
-    if not file.exists():
-        raise ValueError(f"{file}: nothing to resume; train without --resume first")
-    ckpt, free = read_checkpoint(file), (*LENGTHS, "grad_accum_steps")
-    try:
-        cfg = ModelConfig(**ckpt["config"])
-        recipe = TrainConfig(**ckpt["recipe"] | {k: v for k, v in given.items() if k in free})
-        old = asdict(cfg) | asdict(recipe) | {"data": ckpt["data"]}
-        ckpt["optimizers"], int(ckpt["step"]), float(ckpt["elapsed"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{file}: not of a run that can be resumed ({e}); choose another "
-                         "--out") from e
-    for name, value in given.items():
-        if name not in free and old[name] != value:
-            raise ValueError(f"{file} is of a run with {name}={old[name]!r}, not {value!r}; resume "
-                             "it without this option, or choose another --out")
-    return cfg, recipe, ckpt["data"] or None, ckpt
-
-
-def prepare_batches(cfg, recipe, train_set, val_set, device):
-    """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
-    if cfg.task == "gp":
-        from data.curves import sampler
-        size = 100_000
-        train_set, val_set = (s.draw if s else sampler(recipe.kernel) for s in (train_set, val_set))
-    else:
-        size = len(train_set)
-    plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
-                    train_views=0, seed=1)
-    batches = BATCHES[cfg.task]
-    held_out = batches(cfg, plain, val_set, device.name, start=10**6)  # no epoch of the foreground
-    return (functools.partial(batches, cfg, recipe, train_set),
-            list(itertools.islice(held_out, 4)), size)
-
-
-def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
-    """Train in the folder `out`, then draw samples.png and print the scores of the val split.
-
-    limit: so many signals, 0: all.
-    """
-    pieces = rank_and_world_size()[1] * recipe.grad_accum_steps
-    if recipe.batch_size % pieces:
-        raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of processes x "
-                         f"grad_accum_steps = {pieces}; try "
-                         f"{-(-recipe.batch_size // pieces) * pieces}")
-    train_set, val_set = (open_data(cfg, path, split, recipe, limit, recipe.zoom)
-                          for split in ("train", "val"))
-    try:
-        run = Run(cfg, recipe, device, ckpt)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
-                         f"({reason})") from e
-    run.data = str(path or "")
-    banner(run)
-    batches, held_out, size = prepare_batches(cfg, recipe, train_set, val_set, device)
-    steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
-    if is_main_process():
-        from data.runs import truncate_log
-        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
-    ended = train(run, batches, out, steps, recipe.minutes, held_out)
-    if ended:
-        by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-              if dist.is_initialized() else "python")
-        again = f"{by} {shlex.quote(sys.argv[0])} train --resume --out {shlex.quote(str(out))}"
-        return click.echo(f"{ended}: saved step {run.step}; go on with\n  {again}")
-    from data import pictures
-    run.model.eval()
-    if device.name == "cuda":
-        torch.set_float32_matmul_precision("highest")
-    if is_main_process():
-        samples = sample_pictures(run.model, val_set, device)
-        with atomic(out / "samples.png") as part:
-            pictures.write([samples], part, "PNG")
-    count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
-    scores = score(run.model, val_set, device, count=count, seed=1)
-    click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
-    report(scores)
-    click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
-               f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt")
-
-
-def write_json(path, value):
-    """Write a value to a file beside its place, then rename it; what is not finite is null."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {k: plain(w) for k, w in v.items()}
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    with atomic(path) as part:
-        part.write_text(json.dumps(plain(value), indent=1) + "\n")
-
-
-@cli.command("eval")
-@click.argument("ckpt", type=click.Path())
-@click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test",
-              show_default=True)
-@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--size", type=click.IntRange(0), default=0,
-              help="Only this many signals, or sets of 16 curves.  [default: all, or 50 sets]")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
-@click.option("--pairs", type=click.IntRange(0), default=0,
-              help="nvs: so many random (context, target) views of each object, as published.")
-@click.option("--autoregressive", is_flag=True, help="gp: the joint likelihood of the targets.")
-@click.option("--zoom", type=click.IntRange(1, 8), default=1, help="image: also score so many "
-              "times larger.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Write the scores here too.")
-def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoom, device,
-                 json_file):
-    """Score a checkpoint on a split of a set of signals."""
-    device = choose_device(device)
-    with processes(device.name):
-        model = load_for(ckpt, device, views)
-        check_options(model.cfg.task, zoom=zoom > 1)
-        signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
-        seed = {"test": 0, "val": 1, "train": 2}[split]
-        scores = score(model, signals, device, tto, size, pairs, autoregressive, seed)
-        report(scores)
-        if json_file and is_main_process():
-            write_json(json_file, scores)
-
-
-def load_for(ckpt, device: Device, views=None) -> nn.Module:
-    """A checkpoint's model with another number of context views, if one is given."""
-    model = load(ckpt, device.name)
-    check_options(model.cfg.task, views=views)
-    if views:
-        model.cfg = model.signal.cfg = replace(model.cfg, n_views=views)
-    return model
-
-
-@cli.command("render")
-@click.argument("ckpt", type=click.Path())
-@click.argument("source", metavar="INPUT", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="Picture, .npz or .csv.")
-@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
-@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
-@click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
-@click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
-@click.option("--device", default="auto", show_default=True)
-@torch.no_grad()
-def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
-    """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, table -> plot.
-
-    An object is a folder of posed views, such a folder within a zip, as set.zip/class/id, or one
-    bare photo. A long series becomes several plots, each of up to 46 neighboring points. An OUT
-    without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
-    prediction, which .csv holds, too.
-    """
-    from data import curves, pictures, scenes
-    model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
-    cfg, code = model.cfg, {}
-    check_options(cfg.task, tto=tto, pose=pose, columns=columns)
-    numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
-    form = "" if numbers else pictures.picture_format(out, animated=cfg.task == "nvs")
-    if cfg.task == "gp":
-        table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
-        click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
-        drawn = tabulate_curve(model, table) if numbers else [render_curve(model, table, size)]
-    elif cfg.task == "image":
-        context, shape = read_context(model, source)
-        code = encode_for(model, context, tto)
-        drawn = [render_image(model, code, *(max(1, round(n * size / max(shape))) for n in shape))]
-    else:
-        photo = Path(source).is_file() and not str(source).endswith((".zip", ".json"))
-        scene = (scenes.photo_scene(source, cfg.image_size) if photo else
-                 scenes.read_scene(*scenes.find_scene(source), cfg.image_size))
-        click.echo(scene.note, nl=bool(scene.note))
-        cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
-        code = encode_for(model, scene_context(model, scene), tto)
-        drawn = render_scene(model, code, *cameras, size)
-    if form == "folder":
-        pictures.write(drawn, out, form)
-    else:
-        with atomic(out) as part:
-            if numbers:
-                write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, part, out)
-            else:
-                pictures.write(drawn, part, form)
-    click.echo(f"wrote {out}")
-
-
-def write_numbers(columns: dict, part: Path, out: str):
-    """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
-    import numpy as np
-    columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
-    with open(part, "wb") as f:
-        if out.endswith(".npz"):
-            np.savez(f, **columns)
-        else:
-            np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",",
-                       header=",".join(columns), comments="")
-
-
-@cli.command("encode")
-@click.argument("ckpt", type=click.Path())
-@click.argument("source", metavar="FOLDER", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="The .npz to write.")
-@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
-@click.option("--device", default="auto", show_default=True)
-@torch.no_grad()
-def encode_command(ckpt, source, out, tto, views, device):
-    """Store the codes of all signals of a FOLDER or zip in an .npz: `names`, and (N, ...) arrays.
-
-    The code of a TransINR is an MLP's weights, that of a VNP its tokens. Of a scene the first
-    views are read, of a series its first window.
-    """
-    if not str(out).endswith(".npz"):
-        raise ValueError(f"{out}: codes are written as .npz; choose such a name")
-    device = choose_device(device)
-    model = load_for(ckpt, device, views)
-    data = open_data(model.cfg, source, "all")
-    codes = [encode_for(model, to_device(context, device.name), tto)
-             for context in track(contexts(model, data), "encoding", len(data))]
-    columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
-    with atomic(out) as part:
-        write_numbers({"names": data.names} | columns, part, out)
-    click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
-
-
-def contexts(model, data):
-    """The context of every signal of a set, each as a batch of one, in the order of its names."""
-    from data.curves import standardise
-    for i in range(len(data)):
-        if model.cfg.task == "image":
-            yield {"image": next(data.batches([([i], 0)]))[0].float() / 255}
-        elif model.cfg.task == "nvs":
-            yield scene_context(model, data[i])
-        else:
-            first = int(data.first[i])
-            own = slice(first, first + min(data.points, int(data.counts[i])))
-            x, y, _ = standardise(data.x[own], data.y[own], data.mask[own])
-            yield {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
-
-
-@cli.command()
-@click.argument("ckpt", type=click.Path())
-def info(ckpt):
-    """Print what a checkpoint is: model, parameters, recipe, steps and data."""
-    model, raw = load(ckpt), read_checkpoint(ckpt)
-    cfg = model.cfg
-    click.echo(f"{cfg.model} on {cfg.task}, "
-               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-               f"{f'feature grid of {cfg.grid} nodes an axis' if cfg.grid else 'as in the paper'}")
-    for title, part in (("model", asdict(cfg)), ("recipe", raw.get("recipe", {}))):
-        click.echo(f"{title}: " + " ".join(f"{k}={v}" for k, v in part.items()))
-    for name in ("step", "elapsed", "data", "epoch"):
-        if raw.get(name):
-            click.echo(f"{name}: {raw[name]}")
-    record = Path(ckpt).with_suffix(".json")
-    if record.is_file():  # of a stored model
-        click.echo(f"scores and how it was made: {record}")
-
-
-@cli.command()
-@click.argument("ckpt", type=click.Path())
-@click.argument("image", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
-def inspect(ckpt, image, out):
-    """Draw what the weight tokens of each INR layer attend to, and the weights they generate."""
-    from data import pictures
-    form, model = pictures.picture_format(out), load(ckpt)
-    if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
-        raise ValueError(f"inspect takes a TransINR of images; {ckpt} is a {model.cfg.model} of "
-                         f"{model.cfg.task}")
-    with atomic(out) as part:
-        pictures.write([attention_picture(model, read_context(model, image)[0])], part, form)
-    click.echo(f"wrote {out}")
+def __getattr__(name: str):
+    """`tinyinr.cli`: the commands stand on top of this file, which needs none of them."""
+    if name != "cli":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from data.commands import cli
+    return cli
 
 
 if __name__ == "__main__":  # under its own name, so that every class exists once and pickles

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
-from data import pictures  # noqa: E402
+from data import commands, pictures  # noqa: E402
+from data.evaluation import write_json  # noqa: E402
 
 AXES = {  # what grows: (task, whether it is encoded or decoded, the first point)
     "pixels decoded": ("image", "decode", 4096),
@@ -118,7 +119,7 @@ def bench_cell(cfg, recipe, name: str) -> dict:
             "decode_per_s": size * target.shape[1] / decode}
 
 
-@click.group(cls=tinyinr.Commands, invoke_without_command=True)
+@click.group(cls=commands.Commands, invoke_without_command=True)
 @click.option("--preset", default="small", help=f"One of {', '.join(tinyinr.PRESETS)}.")
 @click.option("--batch-size", type=click.IntRange(1), help="[default: the preset's]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
@@ -137,14 +138,14 @@ def main(ctx, preset, batch_size, device, json_file):
     click.echo("          cell step ms  signals/s  GFLOP of peak  memory MB  encode ms  decode k/s")
     given, rows = {"batch_size": batch_size} if batch_size else {}, []
     configs = [tinyinr.make_config(preset, *cell, **given) for cell in tinyinr.PRESETS[preset]]
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=tinyinr.keep_memory,
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=commands.keep_memory,
                              max_tasks_per_child=1) as fresh:  # memory is kept as `train` does
         for row in fresh.map(bench_cell, *zip(*configs), itertools.repeat(device)):
             click.echo("{cell:>14} {step_ms:7.1f} {signals_per_s:10.1f} {gflop:6.1f} {share:7.0%} "
                        "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
                            row["decode_per_s"] / 1000, **row))
             rows.append(row)
-    tinyinr.write_json(json_file, {"peaks": peaks, "cells": rows})
+    write_json(json_file, {"peaks": peaks, "cells": rows})
 
 
 def inputs(cfg, axis: str, n: int):
@@ -216,7 +217,7 @@ def inputs_command(stored):
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
             table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
         Path("runs").mkdir(exist_ok=True)
-        tinyinr.write_json("runs/costs.json", table)
+        write_json("runs/costs.json", table)
     panels = [panel(title, lines) for title, lines in table.items()]
     file = Path(stored or "runs/costs.json").with_suffix(".png")
     with tinyinr.atomic(file) as part:

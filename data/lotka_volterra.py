@@ -65,7 +65,8 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
     whole table, y by the context alone. mae: mean absolute error, in units of the table.
     """
     from data.curves import standardise
-    from tinyinr import Prediction, log_likelihood, mixture, mixture_log_likelihood, sample_curves
+    from data.evaluation import mixture, mixture_log_likelihood, sample_curves
+    from tinyinr import Prediction, log_likelihood
     gen, rows = torch.Generator().manual_seed(seed), []
     for part in hidden(task, table.x, count, gen).split(16):
         target = part & table.mask

@@ -524,10 +524,11 @@ def pretrained(run, cores):
     sys.path.insert(0, str(DATA.parent))
     import tinyinr
     import torch
+    from data import evaluation
 
     ckpt = tinyinr.read_checkpoint(run / "ckpt.pt")
     recipe, model = tinyinr.TrainConfig(**ckpt["recipe"]), tinyinr.load(run / "ckpt.pt")
-    cfg, device = model.cfg, tinyinr.choose_device("cpu")
+    cfg = model.cfg
     name = f"{cfg.task}-{cfg.model}" if recipe.preset == "small" else recipe.preset
     path = DATA / "pretrained" / f"{name}.pt"
     path.parent.mkdir(exist_ok=True)
@@ -543,12 +544,12 @@ def pretrained(run, cores):
         "cores": cores or torch.get_num_threads()}
     record["part_size"] = {"image": 32, "nvs": 1, "gp": 2}[cfg.task]  # what a test can repeat
     for key, limit in (("scores", 0), ("part", record["part_size"])):
-        data = tinyinr.open_data(cfg, ckpt["data"] or None, "test", limit=limit,
+        data = evaluation.open_data(cfg, ckpt["data"] or None, "test", limit=limit,
                                  zoom=4 if cfg.task == "image" else 1)
-        record[key] = tinyinr.score(tinyinr.load(path), data, device, count=limit)
-    tinyinr.write_json(path.with_suffix(".json"), record)
+        record[key] = evaluation.score(tinyinr.load(path), data, count=limit)
+    evaluation.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    tinyinr.report(record["scores"])
+    evaluation.report(record["scores"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""The folder of a training run: its lock and its log."""
+"""What surrounds a training run: its processes, its folder's lock and log, progress bars."""
 
 import contextlib
 import json
 import os
+import signal
+import sys
+from datetime import timedelta
 from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
 
 
 @contextlib.contextmanager
@@ -54,3 +61,47 @@ def truncate_log(log: Path, step: int) -> float:
         part.write_text("".join(keep))
         part.replace(log)
     return elapsed
+
+
+@contextlib.contextmanager
+def processes(device: str, patience: float = 600.0):
+    """Join the processes that torchrun started, if it did; only the main one prints and writes.
+
+    CPU tensors are exchanged by gloo, GPU tensors by nccl, each process on a GPU of its own. A
+    process that waits `patience` seconds in vain for the others gives up.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                            timeout=timedelta(seconds=patience))
+    try:
+        with open(os.devnull, "w") as null:
+            with contextlib.redirect_stdout(null if dist.get_rank() else sys.stdout):
+                yield
+        dist.barrier()  # none leaves while another still asks for it
+    finally:
+        dist.destroy_process_group()
+
+
+def track(items, label: str, length: int | None = None):
+    """The items, with a progress bar of the main process where there is a terminal."""
+    hidden = dist.is_initialized() and dist.get_rank() or not sys.stderr.isatty()
+    with click.progressbar(items, length, label, file=sys.stderr, hidden=hidden) as bar:
+        yield from bar
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Give a function that returns the number of the last SIGINT or SIGTERM, 0 if none came."""
+    caught, handlers = [0], {}
+    with contextlib.suppress(ValueError):  # handlers are for the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda n, _: caught.append(n))
+    try:
+        yield lambda: caught[-1]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

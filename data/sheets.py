@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
-from data import pictures  # noqa: E402
+from data import pictures, rendering  # noqa: E402
+from data.evaluation import open_data  # noqa: E402
 
 COUNT = 8  # signals a sheet
 
@@ -30,7 +31,7 @@ def image_row(model, data, i: int) -> list:
     """Input, the function at three sizes, and the true picture."""
     small, large = (p[0] for p in next(data.batches([([i], 0)])))
     code = model.encode({"image": small[None].float() / 255})
-    drawn = [tinyinr.render_image(model, code, size, size) for size in (64, 256, 1024)]
+    drawn = [rendering.render_image(model, code, size, size) for size in (64, 256, 1024)]
     drawn[-1] = drawn[-1][384:640, 384:640]
     return [enlarged(p) for p in (small.movedim(0, -1).numpy(), *drawn,
                                   large.movedim(0, -1).numpy())]
@@ -39,8 +40,8 @@ def image_row(model, data, i: int) -> list:
 def scene_row(model, data, i: int, sides: int = 8, size: int = 128) -> list:
     """The first view of an object, and the model's from all sides."""
     scene = data[i]
-    code = model.encode(tinyinr.scene_context(model, scene))
-    views = tinyinr.render_scene(model, code, *tinyinr.turntable(scene, size, sides), size)
+    code = model.encode(rendering.scene_context(model, scene))
+    views = rendering.render_scene(model, code, *rendering.turntable(scene, size, sides), size)
     return [pictures.enlarge(scene.images[0].movedim(0, -1).numpy()), *views]
 
 
@@ -49,8 +50,8 @@ def sheet(model):
     """The picture (H, W, 3) uint8 of a model."""
     task = model.cfg.task
     if task == "gp":
-        return tinyinr.sample_pictures(model, None, tinyinr.choose_device("cpu"))
-    data = tinyinr.open_data(model.cfg, None, "test", zoom=4 if task == "image" else 1)
+        return rendering.sample_pictures(model, None)
+    data = open_data(model.cfg, None, "test", zoom=4 if task == "image" else 1)
     row = image_row if task == "image" else scene_row
     return pictures.image_grid([row(model, data, (2 * k + 1) * len(data) // (2 * COUNT))
                                 for k in range(COUNT)])
@@ -58,7 +59,7 @@ def sheet(model):
 
 def columns(model, count: int = 6):
     """Images: the input, the function at 256 pixels, and the true picture; a column each."""
-    data = tinyinr.open_data(model.cfg, None, "test", zoom=4)
+    data = open_data(model.cfg, None, "test", zoom=4)
     emoji = [i for i in range(len(data)) if data.labels[i] == "emoji"]
     photos = [i for i in range(len(data)) if data.labels[i] == "photos"]
     some = [part[(2 * k + 1) * len(part) // count] for part in (emoji, photos)
@@ -70,13 +71,11 @@ def columns(model, count: int = 6):
 @torch.no_grad()
 def readme():
     """Draw the figures of the README from the stored models."""
-    device = tinyinr.choose_device("cpu")
     for name, stem in (("image", "image-transinr"), ("completion", "image-vnp"),
                        ("nvs", "nvs-transinr"), ("curves", "vnp-gp")):
         model = tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt")
-        data = None if name in ("image", "curves") else tinyinr.open_data(model.cfg, None, "test")
-        picture = columns(model) if name == "image" else tinyinr.sample_pictures(
-            model, data, device)
+        data = None if name in ("image", "curves") else open_data(model.cfg, None, "test")
+        picture = columns(model) if name == "image" else rendering.sample_pictures(model, data)
         with tinyinr.atomic(ROOT / "data" / "readme" / f"{name}.png") as part:
             pictures.write([picture], part, "PNG")
 

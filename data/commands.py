@@ -1,0 +1,424 @@
+"""The command line: train, eval, render, encode, info, inspect.
+
+Stands on top of tinyinr.py, which offers it as `tinyinr.cli`.
+"""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import os
+import shlex
+import signal
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from data import curves, pictures, scenes
+from data.evaluation import encode_for, open_data, report, score, write_json
+from data.rendering import (attention_picture, read_context, render_curve, render_image,
+                            render_scene, sample_pictures, scene_context, tabulate_curve, turntable)
+from data.runs import catch_signals, locked, processes, track, truncate_log
+from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, TrainConfig, atomic,
+                     check_choice, choose_device, is_main_process, load, make_config,
+                     rank_and_world_size, read_checkpoint, to_device, train)
+
+
+class Commands(click.Group):
+    """Commands whose errors end in one line: exit code 2 where they are the user's, else 1."""
+
+    def invoke(self, ctx):
+        keep_memory()
+        return in_one_line(ctx, super().invoke)
+
+
+def in_one_line(ctx, invoke):
+    """Invoke a command; what is the user's to mend is told in one line."""
+    try:
+        return invoke(ctx)
+    except KeyboardInterrupt:
+        error, code = "stopped; files are written whole or not at all", 130
+    except RunFailed as e:
+        error, code = e, 1
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
+            raise
+        more = "; out of memory: take a smaller batch, model or size"
+        error, code = f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2
+    click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+    ctx.exit(code)
+
+
+def keep_memory():
+    """Have glibc keep what a step frees instead of handing it back page by page to the system.
+
+    For a program's start, not for a library's: it is the whole process's. A step takes 106 instead
+    of 125 ms (scenes, Zen 4).
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries differ
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks ...
+        libc.mallopt(-4, 0)  # ... and (M_MMAP_MAX) holds large blocks, too
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100})
+def cli():
+    """Generalizable implicit neural representations: TransINR and VNP; images, scenes, curves."""
+
+
+OPTION_TASKS = {"tto": ("image", "nvs"), "pairs": ("nvs",), "views": ("nvs",), "pose": ("nvs",),
+                "zoom": ("image",), "columns": ("gp",), "autoregressive": ("gp",)}
+
+
+def check_options(task: str, **given):
+    """Raise ValueError for a given option that a task does not have."""
+    for name, value in given.items():
+        if value and task not in OPTION_TASKS[name]:
+            raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
+                             f"for {task}")
+
+
+def banner(run: Run):
+    """Print what is about to run: configuration, parameters by part, device and why."""
+    count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
+    model, cfg, recipe = run.model, run.cfg, run.recipe
+    parts = {name: count(part) for name, part in model.named_children()}
+    parts["tokens"] = count(model) - sum(parts.values())
+    given = " ".join(f"{f.name}={getattr(c, f.name)}" for c in (cfg, recipe) for f in fields(c)
+                     if getattr(c, f.name) != f.default)
+    click.echo(f"{cfg.model} on {cfg.task}, preset {recipe.preset}: {given}")
+    click.echo(f"{count(model):.2f} M parameters: "
+               + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 1e-9))
+    click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads; {run.device.why}")
+
+
+LENGTHS = ("steps", "minutes", "epochs")  # of a run
+
+
+@cli.command("train")
+@click.option("--task", type=click.Choice(["image", "nvs", "gp"]), help="[default: image]")
+@click.option("--model", type=click.Choice(["transinr", "vnp"]),
+              help="[default: vnp for gp, else transinr]")
+@click.option("--preset", help=f"One of {', '.join(PRESETS)}.  [default: small]")
+@click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
+@click.option("--steps", type=click.IntRange(1), help="Length of the run in steps,")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="or in minutes.")
+@click.option("--batch-size", type=click.IntRange(1), help="Signals a step, of all processes.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
+@click.option("--seed", type=int)
+@click.option("--set", "extra", multiple=True, metavar="NAME=VALUE", help="Any config field.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--precision", help="fp32, bf16 or auto.  [default: auto; the papers' presets: fp32]")
+@click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+@click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
+def train_command(extra, device, precision, out, resume, overwrite, smoke, **options):
+    """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
+    if options["steps"] and options["minutes"]:
+        raise ValueError("--steps and --minutes exclude each other; give one")
+    given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
+    if smoke:
+        given = {"steps": 3, "batch_size": 2} | given
+    if any(given.get(name) for name in LENGTHS):  # the one that is given counts alone
+        given = dict.fromkeys(LENGTHS, 0) | given
+    skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
+    cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
+    out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
+    path, ckpt = given.get("data"), None
+    if resume:
+        cfg, recipe, path, ckpt = read_run(out / "ckpt.pt", given)
+    elif (out / "ckpt.pt").exists() and not (overwrite or smoke):
+        raise ValueError(f"{out} holds a run already; choose another --out, go on with --resume, "
+                         "or replace it with --overwrite")
+    if not any(getattr(recipe, name) for name in LENGTHS):
+        raise ValueError("steps, minutes and epochs are all 0; give one of them")
+    ours = recipe.preset in ("small", "paper-small", "vnp-gp")
+    device = choose_device(device, precision or ("auto" if ours else "fp32"))
+    with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
+        run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
+
+
+def parse_fields(pairs) -> dict:
+    """NAME=VALUE pairs -> config fields, of their types."""
+    known = {f.name: type(f.default) for c in (ModelConfig, TrainConfig) for f in fields(c)}
+    for name in ("task", "model", "preset"):
+        known.pop(name)
+    words, out = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}, {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        check_choice("--set", name, known)
+        try:
+            out[name] = words[value.lower()] if known[name] is bool else known[name](value)
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"--set {pair}: {name} takes a {known[name].__name__}") from e
+    return out
+
+
+def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | None, dict]:
+    """Config, recipe, data and checkpoint of the run to resume; its length may be given anew.
+
+    Errors: ValueError where there is none, or a given field differs from the run's.
+    """
+    if not file.exists():
+        raise ValueError(f"{file}: nothing to resume; train without --resume first")
+    ckpt, free = read_checkpoint(file), (*LENGTHS, "grad_accum_steps")
+    try:
+        cfg = ModelConfig(**ckpt["config"])
+        recipe = TrainConfig(**ckpt["recipe"] | {k: v for k, v in given.items() if k in free})
+        old = asdict(cfg) | asdict(recipe) | {"data": ckpt["data"]}
+        ckpt["optimizers"], int(ckpt["step"]), float(ckpt["elapsed"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file}: not of a run that can be resumed ({e}); choose another "
+                         "--out") from e
+    for name, value in given.items():
+        if name not in free and old[name] != value:
+            raise ValueError(f"{file} is of a run with {name}={old[name]!r}, not {value!r}; resume "
+                             "it without this option, or choose another --out")
+    return cfg, recipe, ckpt["data"] or None, ckpt
+
+
+def prepare_batches(cfg, recipe, train_set, val_set, device):
+    """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
+    if cfg.task == "gp":
+        size = 100_000
+        train_set, val_set = (s.draw if s else curves.sampler(recipe.kernel) for s in (train_set, val_set))
+    else:
+        size = len(train_set)
+    plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
+                    train_views=0, seed=1)
+    batches = BATCHES[cfg.task]
+    held_out = batches(cfg, plain, val_set, device.name, start=10**6)  # no epoch of the foreground
+    return (functools.partial(batches, cfg, recipe, train_set),
+            list(itertools.islice(held_out, 4)), size)
+
+
+def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
+    """Train in the folder `out`, then draw samples.png and print the scores of the val split.
+
+    limit: so many signals, 0: all.
+    """
+    pieces = rank_and_world_size()[1] * recipe.grad_accum_steps
+    if recipe.batch_size % pieces:
+        raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of processes x "
+                         f"grad_accum_steps = {pieces}; try "
+                         f"{-(-recipe.batch_size // pieces) * pieces}")
+    train_set, val_set = (open_data(cfg, path, split, recipe, limit, recipe.zoom)
+                          for split in ("train", "val"))
+    try:
+        run = Run(cfg, recipe, device, ckpt)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
+                         f"({reason})") from e
+    run.data = str(path or "")
+    banner(run)
+    batches, held_out, size = prepare_batches(cfg, recipe, train_set, val_set, device)
+    steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
+    if is_main_process():
+        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
+    with catch_signals() as stop:
+        ended = train(run, batches, out, steps, recipe.minutes, held_out, stop)
+    if ended:
+        by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+              if dist.is_initialized() else "python")
+        again = f"{by} {shlex.quote(sys.argv[0])} train --resume --out {shlex.quote(str(out))}"
+        return click.echo(f"{signal.Signals(ended).name}: saved step {run.step}; go on with\n  {again}")
+    run.model.eval()
+    if device.name == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    if is_main_process():
+        samples = sample_pictures(run.model, val_set)
+        with atomic(out / "samples.png") as part:
+            pictures.write([samples], part, "PNG")
+    count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
+    scores = score(run.model, val_set, count=count, seed=1)
+    click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
+    report(scores)
+    click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
+               f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt")
+
+
+@cli.command("eval")
+@click.argument("ckpt", type=click.Path())
+@click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test",
+              show_default=True)
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
+@click.option("--size", type=click.IntRange(0), default=0,
+              help="Only this many signals, or sets of 16 curves.  [default: all, or 50 sets]")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--pairs", type=click.IntRange(0), default=0,
+              help="nvs: so many random (context, target) views of each object, as published.")
+@click.option("--autoregressive", is_flag=True, help="gp: the joint likelihood of the targets.")
+@click.option("--zoom", type=click.IntRange(1, 8), default=1, help="image: also score so many "
+              "times larger.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "json_file", type=click.Path(), help="Write the scores here too.")
+def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoom, device,
+                 json_file):
+    """Score a checkpoint on a split of a set of signals."""
+    device = choose_device(device)
+    with processes(device.name):
+        model = load_for(ckpt, device, views)
+        check_options(model.cfg.task, tto=tto, pairs=pairs, autoregressive=autoregressive,
+                      zoom=zoom > 1)
+        signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
+        seed = {"test": 0, "val": 1, "train": 2}[split]
+        scores = score(model, signals, tto, size, pairs, autoregressive, seed)
+        report(scores)
+        if json_file and is_main_process():
+            write_json(json_file, scores)
+
+
+def load_for(ckpt, device: Device, views=None) -> nn.Module:
+    """A checkpoint's model with another number of context views, if one is given."""
+    model = load(ckpt, device.name)
+    check_options(model.cfg.task, views=views)
+    if views:
+        model.cfg = model.signal.cfg = replace(model.cfg, n_views=views)
+    return model
+
+
+@cli.command("render")
+@click.argument("ckpt", type=click.Path())
+@click.argument("source", metavar="INPUT", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="Picture, .npz or .csv.")
+@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
+@click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
+@click.option("--device", default="auto", show_default=True)
+@torch.no_grad()
+def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
+    """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, table -> plot.
+
+    An object is a folder of posed views, such a folder within a zip, as set.zip/class/id, or one
+    bare photo. A long series becomes several plots, each of up to 46 neighboring points. An OUT
+    without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
+    prediction, which .csv holds, too.
+    """
+    model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
+    cfg, code = model.cfg, {}
+    check_options(cfg.task, tto=tto, pose=pose, columns=columns)
+    numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
+    form = "" if numbers else pictures.picture_format(out, animated=cfg.task == "nvs")
+    if cfg.task == "gp":
+        table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
+        click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
+        drawn = tabulate_curve(model, table) if numbers else [render_curve(model, table, size)]
+    elif cfg.task == "image":
+        context, shape = read_context(model, source)
+        code = encode_for(model, context, tto)
+        drawn = [render_image(model, code, *(max(1, round(n * size / max(shape))) for n in shape))]
+    else:
+        photo = Path(source).is_file() and not str(source).endswith((".zip", ".json"))
+        scene = (scenes.photo_scene(source, cfg.image_size) if photo else
+                 scenes.read_scene(*scenes.find_scene(source), cfg.image_size))
+        click.echo(scene.note, nl=bool(scene.note))
+        cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
+        code = encode_for(model, scene_context(model, scene), tto)
+        drawn = render_scene(model, code, *cameras, size)
+    if form == "folder":
+        pictures.write(drawn, out, form)
+    else:
+        with atomic(out) as part:
+            if numbers:
+                write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, part, out)
+            else:
+                pictures.write(drawn, part, form)
+    click.echo(f"wrote {out}")
+
+
+def write_numbers(columns: dict, part: Path, out: str):
+    """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
+    columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
+    with open(part, "wb") as f:
+        if out.endswith(".npz"):
+            np.savez(f, **columns)
+        else:
+            np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",",
+                       header=",".join(columns), comments="")
+
+
+@cli.command("encode")
+@click.argument("ckpt", type=click.Path())
+@click.argument("source", metavar="FOLDER", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="The .npz to write.")
+@click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--device", default="auto", show_default=True)
+@torch.no_grad()
+def encode_command(ckpt, source, out, tto, views, device):
+    """Store the codes of all signals of a FOLDER or zip in an .npz: `names`, and (N, ...) arrays.
+
+    The code of a TransINR is an MLP's weights, that of a VNP its tokens. Of a scene the first
+    views are read, of a series its first window.
+    """
+    if not str(out).endswith(".npz"):
+        raise ValueError(f"{out}: codes are written as .npz; choose such a name")
+    device = choose_device(device)
+    model = load_for(ckpt, device, views)
+    data = open_data(model.cfg, source, "all")
+    codes = [encode_for(model, to_device(context, device.name), tto)
+             for context in track(contexts(model, data), "encoding", len(data))]
+    columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
+    with atomic(out) as part:
+        write_numbers({"names": data.names} | columns, part, out)
+    click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
+
+
+def contexts(model, data):
+    """The context of every signal of a set, each as a batch of one, in the order of its names."""
+    for i in range(len(data)):
+        if model.cfg.task == "image":
+            yield {"image": next(data.batches([([i], 0)]))[0].float() / 255}
+        elif model.cfg.task == "nvs":
+            yield scene_context(model, data[i])
+        else:
+            first = int(data.first[i])
+            own = slice(first, first + min(data.points, int(data.counts[i])))
+            x, y, _ = curves.standardise(data.x[own], data.y[own], data.mask[own])
+            yield {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
+
+
+@cli.command()
+@click.argument("ckpt", type=click.Path())
+def info(ckpt):
+    """Print what a checkpoint is: model, parameters, recipe, steps and data."""
+    model, raw = load(ckpt), read_checkpoint(ckpt)
+    cfg = model.cfg
+    click.echo(f"{cfg.model} on {cfg.task}, "
+               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+               f"{f'feature grid of {cfg.grid} nodes an axis' if cfg.grid else 'as in the paper'}")
+    for title, part in (("model", asdict(cfg)), ("recipe", raw.get("recipe", {}))):
+        click.echo(f"{title}: " + " ".join(f"{k}={v}" for k, v in part.items()))
+    for name in ("step", "elapsed", "data", "epoch"):
+        if raw.get(name):
+            click.echo(f"{name}: {raw[name]}")
+    record = Path(ckpt).with_suffix(".json")
+    if record.is_file():  # of a stored model
+        click.echo(f"scores and how it was made: {record}")
+
+
+@cli.command()
+@click.argument("ckpt", type=click.Path())
+@click.argument("image", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
+def inspect(ckpt, image, out):
+    """Draw what the weight tokens of each INR layer attend to, and the weights they generate."""
+    form, model = pictures.picture_format(out), load(ckpt)
+    if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
+        raise ValueError(f"inspect takes a TransINR of images; {ckpt} is a {model.cfg.model} of "
+                         f"{model.cfg.task}")
+    with atomic(out) as part:
+        pictures.write([attention_picture(model, read_context(model, image)[0])], part, form)
+    click.echo(f"wrote {out}")

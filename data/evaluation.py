@@ -1,0 +1,317 @@
+"""Scores of a model on held-out signals: PSNR of images and views, log-likelihood of curves.
+
+Stands on top of tinyinr.py, as the commands do. Nothing here is used in training.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import curves, images, scenes
+from data.runs import track
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, log_likelihood, optimize,
+                     pixel_grid, predict, psnr, random_masks, rank_and_world_size, to_device)
+
+
+def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1):
+    """The signals of one split (or of "all"): of a folder, zip or table, or of the bundled set.
+
+    None: curves that are drawn from Gaussian processes. The layout is printed.
+    """
+    if path == "":
+        raise ValueError("--data is empty; give a folder or zip, or leave the option out")
+    if cfg.task == "gp":
+        if path is None:
+            return None
+        data = curves.CurveSet(path, split if split == "train" or Path(path).is_dir() else "all",
+                        limit=limit, n_values=cfg.n_values,
+                        points=48 if cfg.n_values == 1 else WINDOW)
+    elif cfg.task == "image":
+        crop = bool(recipe and recipe.random_crop and split == "train")
+        data = images.ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
+                        cfg.image_size // cfg.patch)
+    else:
+        data = scenes.SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
+                        recipe.train_views if recipe else 0, limit)
+    click.echo(data.source)
+    return data
+
+
+def shard(items):
+    """(i, item) for every item that is this process's turn: number `rank` of every world_size."""
+    rank, world_size = rank_and_world_size()
+    return itertools.islice(enumerate(items), rank, None, world_size)
+
+
+def all_gather(rows: list) -> list:
+    """The (i, ...) rows of all processes in the order of i."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+    return sorted(itertools.chain(*parts), key=lambda row: row[0])
+
+
+def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
+    """The code of a context, refined on it by `tto` steps."""
+    code = model.encode(context)
+    return optimize(model, code, context, tto) if tto else code
+
+
+def mean_scores(parts: list, counted: str) -> dict:
+    """{label: {score: mean, score_se: its standard error, counted: how many}}, of all processes.
+
+    parts: (i, labels, {score: values}).
+    """
+    rows, out = {}, {}
+    parts = [(i, labels, {k: v.flatten().cpu() for k, v in s.items()}) for i, labels, s in parts]
+    for _, labels, scores in all_gather(parts):
+        for label, (name, value) in itertools.product(labels, scores.items()):
+            rows.setdefault(label, {}).setdefault(name, []).append(value)
+    for label, row in rows.items():
+        row = {k: torch.cat(v) for k, v in row.items()}
+        out[label] = {k: float(v.mean()) for k, v in row.items()}
+        for k, v in row.items():
+            if len(v) > 1:
+                out[label][f"{k}_se"] = float(v.std() / len(v) ** 0.5)
+        out[label][counted] = max(map(len, row.values()))
+    return out
+
+
+class Case(NamedTuple):
+    """Signals to score: target (B, pictures, pixels, 3), and larger true images (B, 3, H, W)."""
+
+    context: dict
+    query: dict
+    target: Tensor
+    label: str
+    large: Tensor | None = None
+
+
+def image_cases(model, data, only=None, batch=32):
+    """Every image, or `only` some; of a masked model with 10, 30 and 50 % of its pixels, too."""
+    device, groups = model.freqs.device, {}
+    grid = pixel_grid(*2 * (model.cfg.image_size,), device)[None]
+    for i in range(len(data)) if only is None else only:
+        groups.setdefault((data.labels[i], bool(data.native[i])), []).append(i)
+    for fraction in (1.0, 0.1, 0.3, 0.5) if model.cfg.masked else (1.0,):
+        for (label, native), members in groups.items():
+            for i in range(0, len(members), batch):
+                picked = members[i : i + batch]
+                pixels, large = next(data.batches([(picked, 0)]))
+                context = {"image": pixels.to(device).float() / 255}
+                if fraction < 1:
+                    context["mask"] = random_masks(context["image"], fraction, fraction,
+                                                   [generator(0, k) for k in picked])
+                yield Case(context, {"coords": grid}, context["image"].flatten(2).mT.unsqueeze(1),
+                           label if fraction == 1 else f"{label}, {fraction:.0%} seen",
+                           large if native and fraction == 1 else None)
+
+
+def scene_cases(model, data, only=None, pairs=0, batch=10):
+    """Every scene's other views from its first ones; or `pairs` random (context, target) views."""
+    n, (height, width) = model.cfg.n_views, data.images.shape[-2:]
+    for i in range(len(data.counts)) if only is None else only:
+        images, poses, focals = data[i][:3]
+        views = torch.arange(len(images))[None]
+        if pairs:
+            views = torch.stack([torch.randperm(len(images), generator=generator(0, 15, i, j))
+                                 for j in range(pairs)])[:, : n + 1]
+        for seen, asked in ((v[:, :n], v[:, n:]) for v in views.split(batch)):  # (B, V)
+            rays = camera_rays(poses[asked], focals[asked], height, width)
+            rays_o, rays_d = (r.flatten(1, 3) for r in rays)  # (B, V H W, 3)
+            context = {"images": images[seen].float() / 255, "poses": poses[seen],
+                       "focals": focals[seen]}
+            target = images[asked].flatten(3).transpose(2, 3).float() / 255  # (B, V, H W, 3)
+            yield Case(*(to_device(x, model.freqs.device) for x in (
+                context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i])
+
+
+@torch.no_grad()
+def evaluate(model, cases, tto: int = 0) -> dict:
+    """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
+
+    Returns {label: {"psnr", "psnr_se", ..., "pictures"}}, of whole images and scenes of several
+    labels the label "all", too.
+    """
+    parts = []
+    for i, (context, query, target, label, large) in shard(cases):
+        code = encode_for(model, context, tto)
+        prediction = predict(model, code, query)
+        mean = prediction.mean.view(target.shape)
+        scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
+        if prediction.std is not None:
+            inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
+            scores["coverage"] = inside.float().mean((-2, -1))
+        if "mask" in context:
+            filled = images.nearest_filling(context["image"], context["mask"])
+            scores["nearest"] = psnr(filled[:, None], target)
+        if "images" in context:
+            view = context["images"][:, :1].flatten(3).transpose(2, 3)
+            scores["white"] = psnr(torch.ones_like(target), target)
+            scores["context_view"] = psnr(view.expand_as(target), target)
+        if large is not None:
+            truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
+            sizes = context["image"].shape[-2:], large.shape[-2:]
+            coords = pixel_grid(*sizes[1], target.device).expand(len(mean), -1, -1)
+            enlarged = lambda pixels: F.interpolate(
+                pixels.mT.unflatten(2, sizes[0]), sizes[1], mode="bicubic").flatten(2).mT
+            scores["large"] = psnr(predict(model, code, {"coords": coords}).mean, truth)
+            scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
+            scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
+        parts.append((i, {label} if "mask" in context else {label, "all"}, scores))
+    out = mean_scores(parts, "pictures")
+    whole = [label for label in out if "seen" not in label and label != "all"]
+    return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
+
+
+def mixture(prediction: Prediction, batch: int) -> Prediction:
+    """Mean and std over latent samples, (B S, M, C) -> (B, M, C)."""
+    mean, std = (v.unflatten(0, (batch, -1)) for v in prediction)
+    return Prediction(mean.mean(1), (std.square().mean(1) + mean.var(1, correction=0)).sqrt())
+
+
+def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
+    """Predictions at x (B, M, 1), one a latent sample: (B S, M, D); S = 1 without latents."""
+    code = model.encode(context)
+    if model.cfg.model != "vnp":
+        return model.decode(code, {"x": x})
+    size = (model.cfg.n_blocks, len(x) * samples, 1, model.cfg.latent)
+    return model.decode(code, {"x": x}, torch.randn(size, generator=gen).to(x), samples=samples)
+
+
+def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
+    """Log density of every value y (B, M, D) under the mixture of the latent samples."""
+    ll = log_likelihood(prediction, y.repeat_interleave(len(prediction.mean) // len(y), 0))
+    ll = ll.unflatten(0, (len(y), -1))  # (B, S, M, D)
+    return ll.logsumexp(1) - math.log(ll.shape[1])
+
+
+def curve_cases(data, count: int, seed: int = 0):
+    """Sets to score on, of every kernel, or windows of a set of series.
+
+    (x (B, N, 1), y (B, N, D), mask or None, (kernel, hyperparameters) or None, context size, label)
+    """
+    if data is not None:
+        windows = ((*xym, None, n, "series") for *xym, n in data.windows())
+        return itertools.islice(windows, count) if count else windows
+    return ((x, y, None, (kernel, hyper), n, kernel) for kernel in curves.KERNELS
+            for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed))
+
+
+@torch.no_grad()
+def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 50) -> dict:
+    """Log-likelihood per value and label, of the model and of exact GP posteriors: see LEGEND.
+
+    autoregressive: the joint one instead: targets one by one in a seeded random order, each given
+    the true ones before it.
+    """
+    parts, device = [], model.freqs.device
+    for i, (x, y, mask, true, n, label) in shard(cases):
+        gen = generator(i, 7)
+        if autoregressive:  # the targets in their order
+            order = torch.cat((torch.arange(n), n + torch.randperm(x.shape[1] - n, generator=gen)))
+            x, y, mask = x[:, order], y[:, order], None if mask is None else mask[:, order]
+        xs, ys = x.float().to(device), y.float().to(device)
+        known = torch.ones_like(ys) if mask is None else mask.to(ys)
+        given = lambda n: {"x": xs[:, :n], "y": ys[:, :n], "mask": known[:, :n]}
+        seen, rest = (x[:, :n], y[:, :n]), (x[:, n:], y[:, n:])
+        mean = lambda v, known: (v * known).sum() / known.sum()
+        if autoregressive:
+            ll = [mixture_log_likelihood(
+                sample_curves(model, given(j), xs[:, j : j + 1], samples, gen), ys[:, j : j + 1])
+                for j in range(n, x.shape[1])]
+            scores = {"joint_ll": mean(torch.cat(ll, 1), known[:, n:])}
+            if true:
+                scores["gp_joint"] = curves.joint_log_likelihood(true[0], *seen, *rest,
+                                                                 true[1]).mean()
+            parts.append((i, (label,), scores))
+            continue
+        prediction = sample_curves(model, given(n), xs, samples, gen)
+        ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
+        inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
+        scores = {"target_ll": mean(ll[:, n:], known[:, n:]),
+                  "context_ll": mean(ll[:, :n], known[:, :n]),
+                  "coverage": mean(inside[:, n:], known[:, n:])}
+        if true:
+            posterior = curves.gp_posterior(true[0], *seen, rest[0], true[1])
+            scores["gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
+        if y.shape[-1] == 1:
+            noises = (curves.NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
+            hyper, noise = curves.fit_gp(*seen, noises)
+            posterior = curves.gp_posterior("rbf", *seen, rest[0], hyper, noise)
+            scores["fitted_gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
+        parts.append((i, (label,), scores))
+    return mean_scores(parts, "sets")
+
+
+LEGEND = {
+    "psnr": "dB, mean over pictures +- standard error, of values clamped to [0, 1]",
+    "psnr_unclamped": "the same of values as they are",
+    "coverage": "part of the values in the central 95 % of the prediction",
+    "nearest": "dB of every pixel with the color of the nearest seen one",
+    "white": "dB of a white picture", "context_view": "dB of the first context view",
+    "large": "dB at the true larger image's size, of the function there",
+    "large_bicubic": "the same of its own small picture enlarged",
+    "truth_bicubic": "the same of the true small picture enlarged",
+    "target_ll": "marginal log-likelihood per target, given the context alone",
+    "context_ll": "the same of the context's own points",
+    "gp": "the exact posterior of the true kernel, the ceiling",
+    "fitted_gp": "an RBF kernel fitted to each context",
+    "joint_ll": "joint log-likelihood per target, each given the true ones before it",
+    "gp_joint": "the exact joint of the true kernel, the ceiling",
+    "sets": "each of up to 16 curves, with one context size",
+}
+
+
+def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
+    """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
+
+    count: of images and scenes only the first so many, 0 all. pairs: random (context, target)
+    views of every scene.
+    """
+    task = model.cfg.task
+    if task == "gp":
+        cases = curve_cases(data, count if data else count or 50, seed)
+        return evaluate_curves(model, track(cases, "scoring"), autoregressive)
+    only = range(min(count or len(data), len(data)))
+    if task == "image":
+        return evaluate(model, track(image_cases(model, data, only), "scoring"), tto)
+    cases = scene_cases(model, data, only, pairs)
+    return evaluate(model, track(cases, "scoring", len(only)), tto)
+
+
+def report(scores: dict):
+    """Print scores {label: {name: value}} as a table, mean +- standard error, and its legend."""
+    names = {}
+    for label, row in scores.items():
+        words = []
+        for name, value in row.items():
+            if not name.endswith("_se"):
+                error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
+                words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
+                             f"{name} {value}")
+                names[name] = None
+        click.echo(f"{label:>12}  " + "  ".join(words))
+    for name in names:
+        if name in LEGEND:
+            click.echo(f"  {name}: {LEGEND[name]}")
+
+
+def write_json(path, value):
+    """Write a value to a file beside its place, then rename it; what is not finite is null."""
+    def plain(v):
+        if isinstance(v, dict):
+            return {k: plain(w) for k, w in v.items()}
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    with atomic(path) as part:
+        part.write_text(json.dumps(plain(value), indent=1) + "\n")

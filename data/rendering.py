@@ -1,0 +1,195 @@
+"""Pictures of what a model gives: images, views of scenes, plots of curves, attention maps.
+
+Stands on top of tinyinr.py; data/pictures.py, which draws, knows nothing of models.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from data import curves, images, pictures
+from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
+                             scene_cases)
+from data.runs import track
+from tinyinr import (WINDOW, Prediction, camera_rays, generator, look_at, pixel_grid, predict,
+                     select_queries, subsample, to_device)
+
+
+def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, Tensor]:
+    """Color (1, R, 3) and depth (1, R, 1) of side x side rays, decoded row by row.
+
+    A depth is in units of the scene's range, 1 at near, and 0 at far and where a ray meets nothing.
+    """
+    cfg, z, rows = model.cfg, None, []
+    if cfg.model == "vnp":
+        z = model.latents(code, subsample(query, 1024))[0]
+    for i in range(0, side**2, side):
+        row = select_queries(query, slice(i, i + side))
+        rows.append(model.signal.render(*model.raw_field(code, row, z=z)))
+    color, depth, opacity = (torch.cat(v, 1) for v in zip(*rows))
+    return color, ((opacity * cfg.far - depth) / (cfg.far - cfg.near)).unsqueeze(-1)
+
+
+def prediction_panels(model, case: Case) -> list[Tensor]:
+    """Pictures (H, W, 3) of one signal: what was seen, the truth, and the model's prediction."""
+    cfg, code, context = model.cfg, model.encode(case.context), case.context
+    fold = lambda pixels: pixels[0].unflatten(0, (cfg.image_size,) * 2).expand(-1, -1, 3)
+    truth = fold(case.target[:, 0])
+    if "images" in context:
+        part = select_queries(case.query, slice(0, cfg.image_size**2))
+        view = view_and_depth(model, code, part, cfg.image_size)
+        return [context["images"][0, 0].movedim(0, -1), truth, *map(fold, view)]
+    prediction = predict(model, code, case.query)
+    out = [truth, fold(prediction.mean)]
+    if "mask" in context:
+        image, mask = context["image"], context["mask"]
+        out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
+    if prediction.std is not None:
+        out.append(fold(prediction.std / prediction.std.max()))
+    return out
+
+
+@torch.no_grad()
+def sample_pictures(model, data, count: int = 12):
+    """Held-out signals: truth above prediction, or plots of curves, as one picture (uint8)."""
+    if model.cfg.task == "gp":
+        rows = []
+        for x, y, mask, _, n, _ in itertools.islice(curve_cases(data, 2), 6):
+            x, y = x[0].float(), y[0].float()
+            mask = torch.ones_like(y) if mask is None else mask[0]
+            rows.append(curve_plots(model, *((v[:n], v[n:]) for v in (x, y, mask))))
+        return pictures.image_grid([sum(rows[:3], []), sum(rows[3:], [])])
+    only = sorted({i * len(data) // count for i in range(count)})
+    cases = scene_cases if model.cfg.task == "nvs" else image_cases
+    cases = [case for case in cases(model, data, only, batch=1)]
+    part = [case for case in cases if "30% seen" in case.label] or cases
+    columns = (prediction_panels(model, case) for case in part[:count])
+    return pictures.image_grid([[pictures.enlarge(pictures.to_uint8(p)) for p in row]
+                                for row in zip(*columns)])
+
+
+@torch.no_grad()
+def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction, Tensor]:
+    """A context x (N, 1), y and mask (N, D) -> a grid (K, 1) over [-2, 2], Prediction (K, D) on it,
+    and the mean of each of up to 5 latent samples (S, K, D)."""
+    grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
+    context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
+    draws = sample_curves(model, context, grid, 32, generator(8))
+    band = Prediction(*(v[0] for v in mixture(draws, 1)))
+    return grid[0], band, draws.mean[:5] if len(draws.mean) > 1 else draws.mean[:0]
+
+
+def table_parts(model, table) -> list[tuple]:
+    """A series in parts that the model reads: (x, y, mask, units) each."""
+    most = curves.MAX_CONTEXT if model.cfg.n_values == 1 else WINDOW
+    return curves.windows_of(table, model.cfg.n_values, most)
+
+
+def curve_plots(model, x, y, mask, *args) -> list:
+    """pictures.curve_plots of the model's prediction from the context, the first of each pair."""
+    return pictures.curve_plots(*curve_band(model, x[0], y[0], mask[0]), x, y, mask, *args)
+
+
+def render_curve(model, table, width: int):
+    """Plots of a series, one a value; of a long one several, row by row (uint8)."""
+    plots = []
+    for *xym, units in table_parts(model, table):
+        plots += curve_plots(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
+                             table.x_name, table.y_names, table.origin)
+    columns = math.isqrt(len(plots) - 1) + 1
+    return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
+
+
+def tabulate_curve(model, table) -> dict:
+    """{column: numbers} of a series' prediction in its units: x, mean and std of every value."""
+    columns = {}
+    for *xym, (a, b, c, d) in table_parts(model, table):
+        grid, band, _ = curve_band(model, *xym)
+        columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
+        for j, name in enumerate(table.y_names[: model.cfg.n_values]):
+            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d)):
+                columns.setdefault(f"{name} {kind}", []).append(v[:, j])
+    return {k: torch.cat(v).double().numpy() for k, v in columns.items()}
+
+
+def read_context(model, path) -> tuple[dict, tuple[int, int]]:
+    """A photo, squeezed to a square, as the context of a model of images, and its shape (H, W)."""
+    size = model.cfg.image_size
+    pixels, shape = images.read_photo(path, size, size // model.cfg.patch)
+    return {"image": pixels[None].to(model.freqs) / 255}, shape
+
+
+@torch.no_grad()
+def render_image(model, code: dict, height: int, width: int):
+    """The picture (height, width, 3) uint8 of an image's code, row by row.
+
+    The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
+    """
+    z = model.latents(code, {})[0] if model.cfg.model == "vnp" else None
+    rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
+                  for n in (height, width))
+    parts = []
+    for some in track(rows.split(max(1, (1 << 16) // width)), "rendering"):
+        values = model.decode(code, {"coords": torch.cartesian_prod(some, cols)[None]}, z=z).mean
+        parts.append((values.clamp(0, 1) * 255).round().byte().cpu().view(-1, width, 3))
+    return torch.cat(parts).numpy()
+
+
+def scene_context(model, scene) -> dict:
+    """The first views of a scene, as many as a model reads. Errors: ValueError if it has fewer."""
+    n = model.cfg.n_views
+    if len(scene.images) < n:
+        raise ValueError(f"{len(scene.images)} views, but this model reads {n}; give more, or "
+                         "take a model with fewer --views")
+    context = {"images": scene.images[None, :n] / 255, "poses": scene.poses[None, :n],
+               "focals": scene.focals[None, :n]}
+    return to_device(context, model.freqs.device)
+
+
+def turntable(scene, size: int, frames: int = 36) -> tuple[Tensor, Tensor]:
+    """Poses and focals of cameras on a circle at the elevation of a scene's first view."""
+    eye = scene.poses[0, :, 3]
+    flat, start = eye[:2].norm().clamp(min=1e-3), torch.atan2(eye[1], eye[0])
+    angles = start + 2 * math.pi * torch.arange(frames) / frames
+    poses = [look_at(torch.stack((flat * a.cos(), flat * a.sin(), eye[2]))) for a in angles]
+    return torch.stack(poses), scene.focals[:1].expand(frames, 2) * size / scene.images.shape[-1]
+
+
+@torch.no_grad()
+def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) -> list:
+    """Views (size, size, 3) uint8 of a scene's code from cameras (F, 3, 4), (F, 2)."""
+    z, views = None, []
+    for pose, focal in track(list(zip(poses, focals)), "rendering"):
+        rays_o, rays_d = (r.flatten(0, 1)[None].to(model.freqs)
+                          for r in camera_rays(pose, focal, size, size))
+        query = {"rays_o": rays_o, "rays_d": rays_d}
+        if z is None and model.cfg.model == "vnp":  # once for all views
+            z = model.latents(code, subsample(query, 1024))[0]
+        pixels = predict(model, code, query, z).mean.clamp(0, 1)
+        views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
+    return views
+
+
+@torch.no_grad()
+def attention_picture(model, context: dict):
+    """What each layer's weight tokens attend to, and base beside generated weights ([1] Sec. 5).
+
+    Upper row: the image, then per layer the attention to its patches (mean over blocks, heads
+    and tokens). Below, per layer: base weights, and generated ones (red positive, blue negative).
+    """
+    cfg, maps = model.cfg, 0
+    data = model.tokenizer(*model.signal.inputs(context))  # (B, T, D)
+    n = data.shape[1]
+    x = torch.cat((data, model.weight_tokens.expand(len(data), -1, -1)), 1)
+    for block in model.transformer:
+        q, k, _ = (t.unflatten(-1, (cfg.n_heads, -1)).transpose(1, 2)
+                   for t in block.qkv(block.norm1(x)).chunk(3, -1))
+        maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, n:, :n]
+        x = block(x)
+    maps = maps if cfg.depth else torch.ones(1, sum(model.n_tokens), n)
+    weights = {k: wb[0, :-1] for k, wb in model.encode(context).items() if k in model.shapes}
+    heat = {k: m.mean(0) for k, m in zip(model.shapes, maps[0].split(model.n_tokens))}
+    return pictures.attention_sheet(context["image"][0].movedim(0, -1), heat,
+                                    {k: model.base[k][:-1] for k in weights}, weights)
