@@ -214,8 +214,8 @@ def test_unknown_names_list_the_known_ones_and_those_of_presets_exist():
     ("transinr-imagenette", 44_462_851, dict(epochs=400, random_crop=True, flip=True)),
     ("transinr-shapenet", 44_463_484, dict(
         grid=0, image_size=128, padding=0, freq_top=256.0, n_groups=32, out_bias=0.0, near=2.0,
-        far=6.0, points_per_ray=128, n_views=1, epochs=2000, batch_size=32, n_queries=128, lr=1e-4,
-        train_views=25, shared_rays=True, augment=False, balance=0.0)),
+        far=6.0, points_per_ray=128, n_views=1, epochs=1000, repeats=2, drop_last=True,
+        batch_size=32, n_queries=128, lr=1e-4, train_views=25, shared_rays=True, augment=False, balance=0.0)),
     ("vnp-shapenet", 34_280_468, dict(
         grid=0, n_heads=8, image_size=128, patch=8, freq_top=256.0, latent_pool="query",
         kl_weight=1e-3, batch_size=32, n_queries=128, lr=1e-4))])
@@ -897,6 +897,11 @@ def test_epochs_are_permutations_and_any_step_can_be_drawn_alone():
     flat = sum(steps, [])
     assert all(sorted(flat[7 * e : 7 * e + 7]) == list(range(7)) for e in range(3))
     assert flat[:7] != flat[7:14] and steps[5] == tinyinr.batch_indices(7, recipe, 5)
+    official = TrainConfig(batch_size=3, repeats=2, drop_last=True)  # 14 visits, 12 in 4 batches
+    flat = sum((tinyinr.batch_indices(7, official, step) for step in range(8)), [])
+    for epoch in (flat[:12], flat[12:]):
+        assert max(map(epoch.count, range(7))) == 2 and len(set(epoch)) >= 6
+    assert tinyinr.epoch_length(2, official) == 3 and tinyinr.epoch_length(1, official) == 2
 
 
 @pytest.mark.parametrize("zoom", (1, 2))

@@ -154,6 +154,12 @@ class ModelConfig(Checked):
             return self.voxels
         return (self.image_size + 2 * self.padding) // self.patch // self.merge
 
+    @property
+    def n_tokens(self) -> int:
+        """Number of context tokens, of a single view where they are patches of views."""
+        axes = {"gp": 1, "image": 2, "nvs": 3 if self.grid else 2}[self.task]
+        return self.side**axes
+
 
 SET_POINTS, SET_RANGE, SET_STRIDE = 192, 2.4, 4  # a curve's set convolution and tokens
 WINDOW = SET_POINTS // 2  # points of a window of a curve of several values
@@ -167,6 +173,8 @@ class TrainConfig(Checked):
     steps: int = bounded(0, 0, 2**40)  # length of the run: the first of these that is not 0
     minutes: float = bounded(0.0, 0, 1e6)
     epochs: int = bounded(0)
+    repeats: int = bounded(1, 1, 1024)  # how often an epoch visits a signal
+    drop_last: bool = False  # an epoch ends with its last whole batch
     batch_size: int = bounded(16, 1)  # signals a step, of all processes together
     grad_accum_steps: int = bounded(1, 1)
     n_queries: int = bounded(0)  # targets per signal and step (pixels, rays, points); 0: all
@@ -221,8 +229,9 @@ PAPER = {  # the papers' architectures at this size: no feature grid, the papers
     "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
-SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=2000,
-                batch_size=32, n_queries=128, train_views=25, shared_rays=True)  # of cars
+SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
+                repeats=2, drop_last=True, batch_size=32, n_queries=128, train_views=25,
+                shared_rays=True)  # of cars; chairs: repeats=1, lamps: repeats=3
 PRESETS = {
     "small": SMALL,
     "paper-small": {cell: kwargs | PAPER[cell[0]] | PAPER[cell[1]]
@@ -1430,6 +1439,12 @@ def rank_slice(n: int) -> slice:
     return slice(n * rank // world_size, n * (rank + 1) // world_size)
 
 
+def epoch_length(n: int, recipe: TrainConfig) -> int:
+    """Number of signals, of n different ones, that an epoch visits."""
+    visits, size = n * recipe.repeats, recipe.batch_size
+    return visits // size * size if recipe.drop_last and visits >= size else visits
+
+
 def batch_indices(n: int, recipe: TrainConfig, step: int, odds: Tensor | None = None) -> list[int]:
     """This process's signals of a step: epoch after epoch, each a permutation by (seed, epoch).
 
@@ -1439,12 +1454,12 @@ def batch_indices(n: int, recipe: TrainConfig, step: int, odds: Tensor | None = 
     if odds is not None:
         picked = odds.multinomial(size, size > n, generator=generator(recipe.seed, step, 11))
         return picked.tolist()[rank_slice(size)]
-    first, out = step * size, []
-    while len(out) < size:
-        epoch, offset = divmod(first + len(out), n)
-        order = torch.randperm(n, generator=generator(recipe.seed, epoch, 1))
-        out += order[offset : offset + size - len(out)].tolist()
-    return out[rank_slice(size)]
+    length = epoch_length(n, recipe)
+    epoch, offset = divmod(step * size, length)
+    order = [torch.randperm(n * recipe.repeats, generator=generator(recipe.seed, epoch + i, 1))
+             for i in range(-(-(offset + size) // length))]  # of the epochs that the step meets
+    order = torch.cat([permutation[:length] % n for permutation in order])
+    return order[offset : offset + size].tolist()[rank_slice(size)]
 
 
 def signal_generators(recipe: TrainConfig, step: int) -> list[torch.Generator]:
@@ -1495,22 +1510,14 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         yield context, {"coords": torch.cat(coords)[None]}, target
 
 
-class Views(NamedTuple):
-    """Scenes: images (sum V, 3, S, S) uint8, poses (sum V, 3, 4), focals (sum V, 2) of all views,
-    one scene after the other, and how many each has, (N,)."""
-
-    images: Tensor
-    poses: Tensor
-    focals: Tensor
-    counts: Tensor
-
-
 def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", start=0):
     """Endless training batches (context, query, target) of scenes from step `start` on.
 
-    data: `Views`, or an object with these attributes and `labels`, the classes. Every scene gives
-    `n_views` context views and `n_queries` random rays of `target_views` others; in the first
-    epoch half of them hit the object, the foreground ([1]).
+    data: an object with `images` (sum V, 3, S, S) uint8, `poses` (sum V, 3, 4) and `focals`
+    (sum V, 2) of all views, one scene after the other, `counts` (N,), how many each has, and where
+    the recipe balances them `labels`, the classes. Every scene gives `n_views` context views and
+    `n_queries` random rays of `target_views` others; in the first epoch half of the rays hit the
+    object, the foreground ([1]).
     """
     n, (height, width) = len(data.counts), data.images.shape[-2:]
     counts = data.counts.clamp(max=recipe.train_views or 2**20)
@@ -1528,7 +1535,7 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
             images, poses = augment_scenes(images, poses, gens)
         if recipe.shared_rays:
             gens = [generator(recipe.seed, step, 14) for _ in gens]
-        foreground = step * recipe.batch_size < n
+        foreground = step * recipe.batch_size < epoch_length(n, recipe)
         pick = pick_pixels(images[:, cfg.n_views :], recipe.n_queries, gens, foreground)  # (B, R)
         which = torch.arange(len(pick))[:, None], cfg.n_views + pick // (height * width)
         pixel = pick % (height * width)
@@ -1776,7 +1783,7 @@ class Run:
 
     def loss(self, batch, eps, kl_weight: float) -> Tensor:
         """Loss and mean squared error of a batch, (2,)."""
-        with self.device.autocast(), self.device.attention(self.cfg.side**2):
+        with self.device.autocast(), self.device.attention(self.cfg.n_tokens):
             return torch.stack(objective(self.model, batch, eps, kl_weight))
 
     def update(self, batch, progress: float) -> Tensor:

@@ -27,8 +27,8 @@ from data.rendering import (attention_picture, read_context, render_curve, rende
                             render_scene, sample_pictures, scene_context, tabulate_curve, turntable)
 from data.runs import catch_signals, locked, processes, track, truncate_log
 from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, TrainConfig, atomic,
-                     check_choice, choose_device, is_main_process, load, make_config,
-                     rank_and_world_size, read_checkpoint, to_device, train)
+                     check_choice, choose_device, epoch_length, is_main_process, load,
+                     make_config, rank_and_world_size, read_checkpoint, to_device, train)
 
 
 class Commands(click.Group):
@@ -189,7 +189,8 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
     """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
     if cfg.task == "gp":
         size = 100_000
-        train_set, val_set = (s.draw if s else curves.sampler(recipe.kernel) for s in (train_set, val_set))
+        train_set, val_set = (data.draw if data else curves.sampler(recipe.kernel)
+                              for data in (train_set, val_set))
     else:
         size = len(train_set)
     plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
@@ -197,7 +198,7 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
     batches = BATCHES[cfg.task]
     held_out = batches(cfg, plain, val_set, device.name, start=10**6)  # no epoch of the foreground
     return (functools.partial(batches, cfg, recipe, train_set),
-            list(itertools.islice(held_out, 4)), size)
+            list(itertools.islice(held_out, 4)), epoch_length(size, recipe))
 
 
 def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
@@ -219,18 +220,20 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
                          f"({reason})") from e
     run.data = str(path or "")
-    banner(run)
-    batches, held_out, size = prepare_batches(cfg, recipe, train_set, val_set, device)
-    steps = recipe.steps or (0 if recipe.minutes else -(-recipe.epochs * size // recipe.batch_size))
-    if is_main_process():
-        run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
     with catch_signals() as stop:
+        banner(run)
+        batches, held_out, length = prepare_batches(cfg, recipe, train_set, val_set, device)
+        steps = recipe.steps or (0 if recipe.minutes else
+                                 -(-recipe.epochs * length // recipe.batch_size))
+        if is_main_process():
+            run.elapsed = max(run.elapsed, truncate_log(out / "log.jsonl", run.step))
         ended = train(run, batches, out, steps, recipe.minutes, held_out, stop)
     if ended:
         by = (f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
               if dist.is_initialized() else "python")
         again = f"{by} {shlex.quote(sys.argv[0])} train --resume --out {shlex.quote(str(out))}"
-        return click.echo(f"{signal.Signals(ended).name}: saved step {run.step}; go on with\n  {again}")
+        name = signal.Signals(ended).name
+        return click.echo(f"{name}: saved step {run.step}; go on with\n  {again}")
     run.model.eval()
     if device.name == "cuda":
         torch.set_float32_matmul_precision("highest")
