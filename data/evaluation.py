@@ -15,8 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import curves, images, scenes
+from data import curves
+from data.images import ImageSet, nearest_filling
 from data.runs import track
+from data.scenes import SceneSet
 from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, log_likelihood, optimize,
                      pixel_grid, predict, psnr, random_masks, rank_and_world_size, to_device)
 
@@ -31,15 +33,15 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1)
     if cfg.task == "gp":
         if path is None:
             return None
-        data = curves.CurveSet(path, split if split == "train" or Path(path).is_dir() else "all",
-                        limit=limit, n_values=cfg.n_values,
-                        points=48 if cfg.n_values == 1 else WINDOW)
+        split = split if split == "train" or Path(path).is_dir() else "all"
+        data = curves.CurveSet(path, split, limit=limit, n_values=cfg.n_values,
+                               points=48 if cfg.n_values == 1 else WINDOW)
     elif cfg.task == "image":
         crop = bool(recipe and recipe.random_crop and split == "train")
-        data = images.ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
+        data = ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
                         cfg.image_size // cfg.patch)
     else:
-        data = scenes.SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
+        data = SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
                         recipe.train_views if recipe else 0, limit)
     click.echo(data.source)
     return data
@@ -152,7 +154,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
             inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
             scores["coverage"] = inside.float().mean((-2, -1))
         if "mask" in context:
-            filled = images.nearest_filling(context["image"], context["mask"])
+            filled = nearest_filling(context["image"], context["mask"])
             scores["nearest"] = psnr(filled[:, None], target)
         if "images" in context:
             view = context["images"][:, :1].flatten(3).transpose(2, 3)
@@ -207,48 +209,61 @@ def curve_cases(data, count: int, seed: int = 0):
             for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed))
 
 
+def masked_mean(values: Tensor, known: Tensor) -> Tensor:
+    """Mean of the values that are known."""
+    return (values * known).sum() / known.sum()
+
+
+def joint_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict:
+    """Log-likelihood of the targets one by one in a random order, each given those before it."""
+    order = torch.cat((torch.arange(n), n + torch.randperm(x.shape[1] - n, generator=gen)))
+    x, y, known = x[:, order], y[:, order], known[:, order]
+    xs, ys, seen = (v.to(model.freqs) for v in (x, y, known))
+    ll = []
+    for j in range(n, x.shape[1]):
+        context = {"x": xs[:, :j], "y": ys[:, :j], "mask": seen[:, :j]}
+        at = slice(j, j + 1)
+        ll.append(mixture_log_likelihood(
+            sample_curves(model, context, xs[:, at], samples, gen), ys[:, at]))
+    scores = {"joint_ll": masked_mean(torch.cat(ll, 1), seen[:, n:])}
+    if true:
+        scores["gp_joint"] = curves.joint_log_likelihood(
+            true[0], x[:, :n], y[:, :n], x[:, n:], y[:, n:], true[1]).mean()
+    return scores
+
+
+def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict:
+    """Log-likelihood of every target given the context alone, and exact GP posteriors beside it."""
+    xs, ys, seen = (v.to(model.freqs) for v in (x, y, known))
+    context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
+    prediction = sample_curves(model, context, xs, samples, gen)
+    ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
+    inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
+    scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
+              "context_ll": masked_mean(ll[:, :n], seen[:, :n]),
+              "coverage": masked_mean(inside[:, n:], seen[:, n:])}
+    given, at, truth = (x[:, :n], y[:, :n]), x[:, n:], y[:, n:]
+    if true:
+        posterior = curves.gp_posterior(true[0], *given, at, true[1])
+        scores["gp"] = log_likelihood(Prediction(*posterior), truth).mean()
+    if y.shape[-1] == 1:
+        noises = (curves.NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
+        hyper, noise = curves.fit_gp(*given, noises)
+        posterior = curves.gp_posterior("rbf", *given, at, hyper, noise)
+        scores["fitted_gp"] = log_likelihood(Prediction(*posterior), truth).mean()
+    return scores
+
+
 @torch.no_grad()
 def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 50) -> dict:
     """Log-likelihood per value and label, of the model and of exact GP posteriors: see LEGEND.
 
-    autoregressive: the joint one instead: targets one by one in a seeded random order, each given
-    the true ones before it.
+    autoregressive: the joint one of the targets instead of each one's given the context alone.
     """
-    parts, device = [], model.freqs.device
+    parts, kind = [], joint_scores if autoregressive else marginal_scores
     for i, (x, y, mask, true, n, label) in shard(cases):
-        gen = generator(i, 7)
-        if autoregressive:  # the targets in their order
-            order = torch.cat((torch.arange(n), n + torch.randperm(x.shape[1] - n, generator=gen)))
-            x, y, mask = x[:, order], y[:, order], None if mask is None else mask[:, order]
-        xs, ys = x.float().to(device), y.float().to(device)
-        known = torch.ones_like(ys) if mask is None else mask.to(ys)
-        given = lambda n: {"x": xs[:, :n], "y": ys[:, :n], "mask": known[:, :n]}
-        seen, rest = (x[:, :n], y[:, :n]), (x[:, n:], y[:, n:])
-        mean = lambda v, known: (v * known).sum() / known.sum()
-        if autoregressive:
-            ll = [mixture_log_likelihood(
-                sample_curves(model, given(j), xs[:, j : j + 1], samples, gen), ys[:, j : j + 1])
-                for j in range(n, x.shape[1])]
-            scores = {"joint_ll": mean(torch.cat(ll, 1), known[:, n:])}
-            if true:
-                scores["gp_joint"] = curves.joint_log_likelihood(true[0], *seen, *rest,
-                                                                 true[1]).mean()
-            parts.append((i, (label,), scores))
-            continue
-        prediction = sample_curves(model, given(n), xs, samples, gen)
-        ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
-        inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
-        scores = {"target_ll": mean(ll[:, n:], known[:, n:]),
-                  "context_ll": mean(ll[:, :n], known[:, :n]),
-                  "coverage": mean(inside[:, n:], known[:, n:])}
-        if true:
-            posterior = curves.gp_posterior(true[0], *seen, rest[0], true[1])
-            scores["gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
-        if y.shape[-1] == 1:
-            noises = (curves.NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
-            hyper, noise = curves.fit_gp(*seen, noises)
-            posterior = curves.gp_posterior("rbf", *seen, rest[0], hyper, noise)
-            scores["fitted_gp"] = log_likelihood(Prediction(*posterior), rest[1]).mean()
+        known = torch.ones_like(y) if mask is None else mask.to(y)
+        scores = kind(model, x, y, known, true, n, samples, generator(i, 7))
         parts.append((i, (label,), scores))
     return mean_scores(parts, "sets")
 
