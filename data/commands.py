@@ -371,26 +371,26 @@ def encode_command(ckpt, source, out, tto, views, device):
     device = choose_device(device)
     model = load_for(ckpt, device, views)
     data = open_data(model.cfg, source, "all")
-    codes = [encode_for(model, to_device(context, device.name), tto)
-             for context in track(contexts(model, data), "encoding", len(data))]
+    batches = torch.arange(len(data)).split(32 if model.cfg.task == "image" else 1)
+    codes = [encode_for(model, to_device(context_of(model, data, part.tolist()), device.name), tto)
+             for part in track(batches, "encoding")]
     columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
     with atomic(out) as part:
         write_numbers({"names": data.names} | columns, part, out)
     click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
 
 
-def contexts(model, data):
-    """The context of every signal of a set, each as a batch of one, in the order of its names."""
-    for i in range(len(data)):
-        if model.cfg.task == "image":
-            yield {"image": next(data.batches([([i], 0)]))[0].float() / 255}
-        elif model.cfg.task == "nvs":
-            yield scene_context(model, data[i])
-        else:
-            first = int(data.first[i])
-            own = slice(first, first + min(data.points, int(data.counts[i])))
-            x, y, _ = curves.standardise(data.x[own], data.y[own], data.mask[own])
-            yield {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
+def context_of(model, data, part: list[int]) -> dict:
+    """The context of some images of a set, or of its one scene or curve of that number."""
+    if model.cfg.task == "image":
+        return {"image": next(data.batches([(part, 0)]))[0].float() / 255}
+    i, = part
+    if model.cfg.task == "nvs":
+        return scene_context(model, data[i])
+    first = int(data.first[i])
+    own = slice(first, first + min(data.points, int(data.counts[i])))
+    x, y, _ = curves.standardise(data.x[own], data.y[own], data.mask[own])
+    return {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
 
 
 @cli.command()
