@@ -203,7 +203,7 @@ def panel(title: str, lines: dict, size=(320, 240)):
     """One plot in powers of ten of {model: points [n, seconds, bytes]}: seconds and gigabytes."""
     drawn = {f"{model} s": [(n, s) for n, s, _ in points] for model, points in lines.items()}
     drawn |= {f"{m} GB": [(n, b / 1e9) for n, _, b in points] for m, points in lines.items()}
-    return pictures.line_plot(drawn, title, "s, GB", size, (True, True))
+    return pictures.line_plot(drawn, title, "s, GB", size)
 
 
 @main.command("inputs")

@@ -305,12 +305,12 @@ class ImageSet(torch.utils.data.Dataset):
 
     def load(self, data: bytes) -> tuple[bool, Tensor, Tensor | None]:
         """An encoded picture -> is native, pixels (not cropped if crops are random), large."""
-        image, size = load_picture(data, self.least), self.size
-        short = min(image.size)
-        pixels = (resized(image, max(size, short), "short") if self.random_crop
-                  else resized(image, size))
-        large = to_tensor(resized(image, self.zoom * size)) if self.zoom > 1 else None
-        return short >= self.zoom * size, to_tensor(pixels), large
+        image = load_picture(data, self.least)
+        short, large = min(image.size), None
+        size, fit = (max(short, self.size), "short") if self.random_crop else (self.size, "crop")
+        if self.zoom > 1:
+            large = to_tensor(resized(image, self.zoom * size))
+        return short >= self.zoom * self.size, to_tensor(resized(image, size, fit)), large
 
     def __len__(self):
         return len(self.files)
