@@ -156,14 +156,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image)).clip(0, 1) * 255
+        values = np.fmin(np.fmax(image, 0), 1) * 255  # NaN becomes 0
         image = Image.fromarray(values.round().astype(np.uint8))
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     elif "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
     return image.convert("RGB")
 
 

@@ -165,8 +165,7 @@ def read_colmap(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     rows, poses = parse(tree.read(marker), tree.read(marker[:-11] + "images" + marker[-4:]))
     cameras = {}
     for camera, model, w, h, *params in rows:
-        refuse_lens(model, ())
-        _, n, count = PINHOLES[model]
+        _, n, count = PINHOLES.get(model, (None, 1, 0))
         refuse_lens(model, params[n + 2 : count])
         cameras[camera] = (params[0], params[n - 1], *params[n : n + 2], w, h)
     for qw, x, y, z, *shift, camera, file in sorted(poses, key=lambda row: row[-1]):
