@@ -147,7 +147,8 @@ def main(ctx, preset, batch_size, device, json_file):
                        "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
                            row["decode_per_s"] / 1000, **row))
             rows.append(row)
-    tinyinr.write_json(json_file, {"peaks": peaks, "cells": rows})
+    if json_file:
+        tinyinr.write_json(json_file, {"peaks": peaks, "cells": rows})
 
 
 def measure(axis: str, model: str, n: int) -> tuple[float, float]:
