@@ -118,7 +118,7 @@ def fit_gp(x: Tensor, y: Tensor, noises: tuple = (NOISE,)):
 
 
 # ------------------------------------------------------------------------- tables of numbers
-MAX_BYTES = 2**24
+MAX_BYTES, MAX_LINES = 2**24, 2**20
 SWAP_MARKS = str.maketrans(",.", ".,")
 DAY = timedelta(days=1)
 
@@ -145,8 +145,10 @@ def _text(data: bytes) -> str:
 
 def _split(line: str, delimiter: str | None) -> list[str]:
     """Cells of a line; without a delimiter at blanks, but not between a date and its time."""
-    if delimiter:
+    if delimiter and '"' in line:
         row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    elif delimiter:  # much faster
+        row = line.split(delimiter)
     else:
         row = re.sub(r"(\d-\d\d) +(\d\d:)", r"\1T\2", line).split()
     return [cell.strip(' \t"') for cell in row]
@@ -250,7 +252,10 @@ def read_table(path, columns: str | None = None, data: bytes | None = None) -> T
     with naming(path, "rows of numbers x,y"):
         if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MB; give a part of it")
-        return _series([line for line in _text(data).splitlines() if line.strip()], columns)
+        lines = [line for line in _text(data).splitlines() if line.strip()]
+        if len(lines) > MAX_LINES:
+            raise ValueError(f"more than {MAX_LINES:,} lines; give a part of it")
+        return _series(lines, columns)
 
 
 # ------------------------------------------------------------------------- sets of series

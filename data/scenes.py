@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from data.images import (IMAGE_SUFFIXES, Tree, load_picture, naming, read_all, s
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDER = re.compile(r"(^|[/_])(train|val|test)/")  # train/..., cars_train/...
 MOST_VIEWS = 4096  # of a scene
+NPY_LOCK = Lock()  # np.load parses headers by `ast`, which fails at random in threads (CPython 3.11)
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
 LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
@@ -189,7 +191,9 @@ def read_srn(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
 def read_zero123(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     """000.npy: a matrix 3 x 4, world-to-camera, Blender's axes, beside 000.png; and so on"""
     for name in markers:
-        pose = np.load(io.BytesIO(tree.read(name)), allow_pickle=False).astype(np.float64)
+        data = io.BytesIO(tree.read(name))
+        with NPY_LOCK:
+            pose = np.load(data, allow_pickle=False).astype(np.float64)
         yield View(Path(name).stem, invert(pose), angle_to_focal(math.radians(49.1)), w=1.0)
 
 
