@@ -30,7 +30,7 @@ from data.images import (IMAGE_SUFFIXES, Tree, load_picture, naming, read_all, s
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDER = re.compile(r"(^|[/_])(train|val|test)/")  # train/..., cars_train/...
 MOST_VIEWS = 4096  # of a scene
-NPY_LOCK = Lock()  # np.load parses headers by `ast`, which fails at random in threads (CPython 3.11)
+NPY_LOCK = Lock()  # np.load reads headers by `ast`, which may fail in threads (CPython 3.11)
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
 LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
