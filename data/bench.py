@@ -10,11 +10,11 @@ seconds.
 
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,13 +29,13 @@ import tinyinr  # noqa: E402
 from data import commands, pictures  # noqa: E402
 from data.evaluation import write_json  # noqa: E402
 
-AXES = {  # what grows: (task, whether it is encoded or decoded, the first point)
-    "pixels decoded": ("image", "decode", 4096),
-    "rays decoded": ("nvs", "decode", 256),
-    "side of the picture encoded": ("image", "encode", 16),
-    "pictures encoded at once": ("image", "encode", 1),
-    "views encoded": ("nvs", "encode", 1),
-    "points encoded": ("gp", "encode", 4)}
+AXES = {  # what grows: (task, image_size or an argument of random_signals, the first point)
+    "pixels decoded": ("image", "targets", 4096),
+    "rays decoded": ("nvs", "targets", 256),
+    "side of the picture encoded": ("image", "image_size", 16),
+    "pictures encoded at once": ("image", "batch", 1),
+    "views encoded": ("nvs", "views", 1),
+    "points encoded": ("gp", "points", 4)}
 MODELS = "transinr", "vnp"
 MOST_BYTES, MOST_SECONDS = 20e9, 100.0
 
@@ -60,30 +60,33 @@ def peak_flops(dtype, device: str, n: int = 2048, budget: float = 2.0) -> float:
     return 2 * n**3 / median_seconds(lambda: a @ a, device, budget)
 
 
+def random_signals(cfg, batch=1, targets=1, views=1, points=24) -> tuple[dict, dict]:
+    """Numbers of the shapes of a model's context and query."""
+    rand, n = partial(torch.rand, generator=torch.Generator().manual_seed(0)), cfg.image_size
+    if cfg.task == "gp":
+        x, asked = 4 * rand(batch, points, 1) - 2, 4 * rand(batch, targets, 1) - 2
+        return {"x": x, "y": rand(batch, points, cfg.n_values)}, {"x": asked}
+    if cfg.task == "image":
+        mask = {"mask": (rand(batch, 1, n, n) < 0.5).float()} if cfg.masked else {}
+        return {"image": rand(batch, 3, n, n)} | mask, {"coords": 2 * rand(1, targets, 2) - 1}
+    pose = tinyinr.look_at(torch.tensor([0.0, -4.0, 0.0]))
+    focals = torch.full((batch, views, 2), 2.0 * n)  # the sphere fills the view
+    o, d = tinyinr.camera_rays(pose.expand(batch, 3, 4), focals[:, 0], n, n,
+                               pixels=(rand(batch, targets) * n * n).long())
+    context = {"images": rand(batch, views, 3, n, n), "poses": pose.expand(batch, views, 3, 4),
+               "focals": focals}
+    return context, {"rays_o": o, "rays_d": d}
+
+
 def random_batch(cfg, recipe, device: str):
     """Numbers of the shapes that one training step takes: context, query, target."""
-    gen, b, n = torch.Generator().manual_seed(0), recipe.batch_size, cfg.image_size
-    rand = lambda *shape: torch.rand(*shape, generator=gen)
-    if cfg.task == "gp":
-        m = recipe.n_queries or 13
-        context = {"x": 4 * rand(b, 24, 1) - 2, "y": rand(b, 24, cfg.n_values)}
-        query = {"x": 4 * rand(b, m, 1) - 2}
-    elif cfg.task == "image":
-        m = recipe.n_queries or n * n
-        context, query = {"image": rand(b, 3, n, n)}, {"coords": 2 * rand(1, m, 2) - 1}
-        if cfg.masked:
-            context["mask"] = (rand(b, 1, n, n) < 0.5).float()
-    else:
-        m = recipe.n_queries or recipe.target_views * n * n
-        pose, focals = tinyinr.look_at(torch.tensor([0.0, -4.0, 0.0])), torch.full((2,), 2.0 * n)
-        context = {"images": rand(b, cfg.n_views, 3, n, n),
-                   "poses": pose.expand(b, cfg.n_views, 3, 4),
-                   "focals": focals.expand(b, cfg.n_views, 2)}
-        o, d = tinyinr.camera_rays(pose.expand(b, 3, 4), focals.expand(b, 2), n, n,
-                                   pixels=(rand(b, m) * n * n).long())
-        jitter = rand(b, m, cfg.points_per_ray if recipe.shared_rays else 1)
-        query = {"rays_o": o, "rays_d": d, "jitter": jitter}
-    target = rand(b, m, cfg.n_values if cfg.task == "gp" else 3)
+    b, pixels = recipe.batch_size, cfg.image_size**2
+    m = recipe.n_queries or {"gp": 13, "image": pixels, "nvs": recipe.target_views * pixels}[
+        cfg.task]
+    context, query = random_signals(cfg, b, m, cfg.n_views)
+    if cfg.task == "nvs":
+        query["jitter"] = torch.rand(b, m, cfg.points_per_ray if recipe.shared_rays else 1)
+    target = torch.rand(b, m, cfg.n_values if cfg.task == "gp" else 3)
     return tuple(tinyinr.to_device(v, device) for v in (context, query, target))
 
 
@@ -145,39 +148,23 @@ def main(ctx, preset, batch_size, device, json_file):
                        "{memory_mb:10.0f} {encode_ms:10.2f} {0:11.1f}".format(
                            row["decode_per_s"] / 1000, **row))
             rows.append(row)
-    write_json(json_file, {"peaks": peaks, "cells": rows})
-
-
-def inputs(cfg, axis: str, n: int):
-    """Random context and query in which n of what the axis names are asked for."""
-    batch, side = (n if axis == "pictures encoded at once" else 1), cfg.image_size
-    if cfg.task == "image":
-        image, coords = torch.rand(batch, 3, side, side), 2 * torch.rand(1, n, 2) - 1
-        return {"image": image}, {"coords": coords}
-    if cfg.task == "gp":
-        x = 4 * torch.rand(1, n, 1) - 2
-        return {"x": x, "y": x.sin()}, {"x": x}
-    views = n if axis == "views encoded" else 1
-    pose = tinyinr.look_at(torch.tensor([3.0, 2.0, 1.5]))
-    context = {"images": torch.rand(1, views, 3, side, side), "poses": pose.expand(1, views, 3, 4),
-               "focals": torch.full((1, views, 2), 80.0)}
-    rays = math.isqrt(n) if axis == "rays decoded" else 16  # a side; the sphere fills the view
-    o, d = (r.flatten(0, 2)[None] for r in
-            tinyinr.camera_rays(pose[None], torch.full((1, 2), 2.0 * rays), rays, rays))
-    return context, {"rays_o": o, "rays_d": d}
+    if json_file:
+        write_json(json_file, {"peaks": peaks, "cells": rows})
 
 
 def measure(axis: str, model: str, n: int) -> tuple[float, float]:
     """Seconds (the median of several calls, or a long one's) and peak bytes of one point."""
     torch.manual_seed(0)
     task, what, _ = AXES[axis]
-    grid = min(n // (8 if model == "transinr" else 2), 256)  # a multiple of the n / 8 tokens
-    size = {"image_size": n, "grid": grid} if axis == "side of the picture encoded" else {}
-    cfg, _ = tinyinr.make_config("small", task, model, **size)
+    sizes, numbers = {}, {what: n}
+    if what == "image_size":
+        grid = min(n // (8 if model == "transinr" else 2), 256)  # a multiple of the n / 8 tokens
+        sizes, numbers = {"image_size": n, "grid": grid}, {}
+    cfg, _ = tinyinr.make_config("small", task, model, **sizes)
     net = tinyinr.build(cfg).eval()
     with torch.no_grad():
-        context, query = inputs(cfg, axis, n)
-        code = net.encode(context) if what == "decode" else None
+        context, query = random_signals(cfg, **numbers)
+        code = net.encode(context) if what == "targets" else None
         work = lambda: tinyinr.predict(net, code, query) if code else net.encode(context)
         start = time.perf_counter()
         work()
@@ -204,7 +191,7 @@ def panel(title: str, lines: dict, size=(320, 240)):
     """One plot in powers of ten of {model: points [n, seconds, bytes]}: seconds and gigabytes."""
     drawn = {f"{model} s": [(n, s) for n, s, _ in points] for model, points in lines.items()}
     drawn |= {f"{m} GB": [(n, b / 1e9) for n, _, b in points] for m, points in lines.items()}
-    return pictures.line_plot(drawn, title, "s, GB", size, (True, True))
+    return pictures.line_plot(drawn, title, "s, GB", size)
 
 
 @main.command("inputs")

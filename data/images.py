@@ -60,14 +60,14 @@ class Tree:
         """A file's bytes. Errors: ValueError for a missing, broken or too large one."""
         try:
             stored = self.stored[name]
-            size = (self.open_zip().getinfo(stored).file_size if self.is_zip
-                    else (self.path / stored).stat().st_size)
-            if size > MOST_BYTES:
-                raise ValueError(f"{size:,} bytes, more than the {MOST_BYTES:,} that are read")
-            return (self.open_zip().read(stored) if self.is_zip
-                    else (self.path / stored).read_bytes())
+            with (self.open_zip().open(stored) if self.is_zip
+                  else open(self.path / stored, "rb")) as file:
+                data = file.read(MOST_BYTES + 1)
         except Exception as e:  # broken zips raise errors of many kinds
             raise ValueError(printable(f"{name}: not readable in {self.path} ({e!r})")) from e
+        if len(data) > MOST_BYTES:
+            raise ValueError(printable(f"{name}: more than the {MOST_BYTES:,} bytes that are read"))
+        return data
 
 
 def files_below(folder: Path) -> list[str]:
@@ -87,19 +87,45 @@ def printable(text) -> str:
     return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
 
 
+@contextlib.contextmanager
+def naming(file, needs: str = ""):
+    """Within, a ValueError becomes one whose line begins with the file's name.
+
+    needs: what the file has to hold. With it an error of any other kind counts as malformed.
+    """
+    try:
+        yield
+    except Exception as e:  # damaged files provoke errors of many kinds
+        if not (needs or isinstance(e, ValueError)):
+            raise
+        words = str(e)
+        if needs and type(e) is not ValueError:
+            words = f"malformed ({type(e).__name__}: {e}); needed: {needs}"
+        raise ValueError(printable(f"{file}: {words}")) from e
+
+
 def read_all(names: list, read, what: str) -> list:
-    """read(name) for all names, in threads; a string result is the reason why one is left out."""
+    """read(name) for all names, in threads; those that raise ValueError or OSError are left out.
+
+    Says which and why. Errors: ValueError where nothing is left.
+    """
+    def attempt(name):
+        try:
+            return read(name)
+        except (ValueError, OSError) as e:
+            return e
+
     with ThreadPoolExecutor() as pool, click.progressbar(
-            pool.map(read, names), len(names), f"reading {len(names)} {what}") as results:
+            pool.map(attempt, names), len(names), f"reading {len(names)} {what}") as results:
         items = list(results)
-    broken = [printable(item) for item in items if isinstance(item, str)]
+    broken = [printable(item) for item in items if isinstance(item, Exception)]
     for reason in broken[:10]:
         click.echo(f"left out: {reason}")
     if len(broken) == len(items):
         raise ValueError(f"none of {len(names)} {what} could be read; the first: {broken[0]}")
     if broken:
         click.echo(f"{len(broken)} of {len(names)} {what} are unreadable and left out")
-    return [item for item in items if not isinstance(item, str)]
+    return [item for item in items if not isinstance(item, Exception)]
 
 
 def load_picture(data: bytes, least: int = 1) -> Image.Image:
@@ -130,14 +156,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image)).clip(0, 1) * 255
+        values = np.fmin(np.fmax(image, 0), 1) * 255  # NaN becomes 0
         image = Image.fromarray(values.round().astype(np.uint8))
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     elif "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
     return image.convert("RGB")
 
 
@@ -267,13 +295,11 @@ class ImageSet(torch.utils.data.Dataset):
             (self.pixels, self.large), self.kept = stack(kept), None
 
     def first_look(self, file):
-        """(file, is native, its pixels as long as there is room), or why it is left out."""
+        """(file, is native, its pixels as long as there is room)."""
         tree, name, _ = file
-        try:
-            data = tree.read(name)
+        data = tree.read(name)
+        with naming(name):
             native, *item = self.load(data)
-        except ValueError as e:
-            return f"{name} ({e})"
         if ends_early(data):
             click.echo(printable(f"{name} ends early: what is missing of it is grey"))
         self.room -= sum(pixels.nbytes for pixels in item if pixels is not None)
@@ -281,13 +307,12 @@ class ImageSet(torch.utils.data.Dataset):
 
     def load(self, data: bytes) -> tuple[bool, Tensor, Tensor | None]:
         """An encoded picture -> is native, pixels (not cropped if crops are random), large."""
-        image, size = load_picture(data, self.least), self.size
-        native = min(image.size) >= self.zoom * size
-        if self.random_crop:
-            return native, to_tensor(np.array(image) if native else
-                                     resized(image, size, "short")), None
-        large = to_tensor(resized(image, self.zoom * size)) if self.zoom > 1 else None
-        return native, to_tensor(resized(image, size)), large
+        image = load_picture(data, self.least)
+        short, large = min(image.size), None
+        size, fit = (max(short, self.size), "short") if self.random_crop else (self.size, "crop")
+        if self.zoom > 1:
+            large = to_tensor(resized(image, self.zoom * size))
+        return short >= self.zoom * self.size, to_tensor(resized(image, size, fit)), large
 
     def __len__(self):
         return len(self.files)

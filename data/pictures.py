@@ -6,6 +6,7 @@ A picture is an array (H, W, 3) uint8; pixels are a tensor (H, W, C) in [0, 1].
 import io
 import math
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -42,14 +43,14 @@ def enlarge(pixels: np.ndarray, factor: int = 2) -> np.ndarray:
     return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
-def resize(pixels: Tensor, side: int | tuple[int, int], mode: str = "bilinear") -> Tensor:
-    """(H, W, C) -> (side, side, C), or (*side, C) of two sides; mode as in F.interpolate."""
+def resize(pixels: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """(H, W, C) -> (side, side, C); mode as in F.interpolate."""
     return F.interpolate(pixels.movedim(-1, 0)[None].float(), side, mode=mode)[0].movedim(0, -1)
 
 
-def signed_map(weights: Tensor, limit: float | None = None) -> Tensor:
-    """(H, W) -> (H, W, 3) in [0, 1]: 0 is white, `limit` red, -limit blue (default: 3 std)."""
-    w = (weights / (limit or 3 * float(weights.std(correction=0)) or 1)).clamp(-1, 1).unsqueeze(-1)
+def signed_map(weights: Tensor, limit: float) -> Tensor:
+    """(H, W) -> (H, W, 3) in [0, 1]: 0 is white, `limit` red, -limit blue."""
+    w = (weights / (limit or 1)).clamp(-1, 1).unsqueeze(-1)
     return 1 - w.clamp(min=0) * w.new_tensor([0, 1, 1]) + w.clamp(max=0) * w.new_tensor([1, 1, 0])
 
 
@@ -91,9 +92,9 @@ def ticks(low: float, high: float) -> dict[float, str]:
 
 
 def log_ticks(low: float, high: float) -> dict[float, str]:
-    """Powers of ten from 10 ** low to 10 ** high, with their labels."""
-    powers = range(round(low), round(high) + 1, round(high - low) // 8 + 1)
-    return {10.0**p: f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}" for p in powers}
+    """As ticks, of logarithms to the base of ten: up to nine whole ones."""
+    powers = range(math.ceil(low), math.floor(high) + 1, round(high - low) // 8 + 1)
+    return {p: f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}" for p in powers}
 
 
 def date_ticks(low: float, high: float, origin: datetime) -> dict[float, str]:
@@ -120,15 +121,17 @@ def floats(values) -> np.ndarray:
 
 
 class Plot:
-    """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units."""
+    """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units.
 
-    def __init__(self, size, xs, ys, x_name, y_name, log=(False, False), origin=None):
-        self.log, self.font = log, ImageFont.load_default(11 * FINE)
+    x_ticks, y_ticks: what labels an axis from low to high: ticks, log_ticks or date_ticks.
+    """
+
+    def __init__(self, size, xs, ys, x_name, y_name, x_ticks=ticks, y_ticks=ticks):
+        self.font = ImageFont.load_default(11 * FINE)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.ranges = self.range(floats(xs), 0), self.range(floats(ys), 1)
-        marks = [(log_ticks if is_log else ticks)(*r) for is_log, r in zip(log, self.ranges)]
-        marks[0] = date_ticks(*self.ranges[0], origin) if origin else marks[0]
+        marks = x_ticks(*self.ranges[0]), y_ticks(*self.ranges[1])
         left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
         top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
         self.frame = (left, right), (bottom, top)
@@ -148,20 +151,15 @@ class Plot:
         self.text((left, 14 * FINE), y_name, "ls")
 
     def range(self, values: np.ndarray, axis: int) -> tuple[float, float]:
-        """Ends of an axis; of a logarithmic one powers of ten that are whole."""
-        values = np.log10(values[values > 0]) if self.log[axis] else values
+        """Ends of an axis, with some room below and above the values of y."""
         values = values[np.isfinite(values)]
         low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-        if self.log[axis]:
-            return math.floor(low), max(math.ceil(high), math.floor(low) + 1)
         room = 0.04 * axis * (high - low) if high - low > 1e-9 * abs(high) else abs(high) / 10 or 1
         return low - room, high + room
 
     def place(self, values, axis: int) -> np.ndarray:
         """Values -> where they stand in the image, at its edge if the axis does not hold them."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.log10(floats(values)) if self.log[axis] else floats(values)
-        return np.interp(values, self.ranges[axis], self.frame[axis])
+        return np.interp(floats(values), self.ranges[axis], self.frame[axis])
 
     def points(self, x, y) -> list[tuple[float, float]]:
         places = np.stack((self.place(x, 0), self.place(y, 1)), 1)
@@ -181,48 +179,36 @@ class Plot:
         return np.array(self.image.reduce(FINE))
 
 
-def curve_plot(x, mean, low, high, samples, context, held_out=None, size=(480, 320),
-               x_name: str = "x", y_name: str = "y", dates_origin=None) -> np.ndarray:
-    """Plot of a prediction in the user's units -> (H, W, 3) uint8, size = (W, H).
-
-    x, mean, low, high (N,): the curve and the edges of its 95 % band; samples: curves (N,);
-    context, held_out: points (x (M,), y (M,)); dates_origin: a datetime if x is days since it.
-    """
-    dots = [(context, "black")] + [(held_out, "#e08a2b")] * (held_out is not None)
-    xs, ys = (np.concatenate([floats(points[axis]) for points, _ in dots]) for axis in (0, 1))
-    plot = Plot(size, np.concatenate((floats(x), xs)),
-                np.concatenate((floats(low), floats(high), ys)), x_name, y_name,
-                origin=dates_origin)
-    band = plot.points(x, high) + plot.points(x, low)[::-1]
-    plot.pen.polygon(band, "#d6e4f5")
-    for sample in samples:
-        plot.line(x, sample, "#8fb3de", 1)
-    plot.line(x, mean, "#1f4e8c")
-    for (a, b), color in reversed(dots):
-        plot.dots(a, b, color)
-    return plot.pixels()
-
-
 def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_name: str = "x",
                 y_names=None, origin=None) -> list[np.ndarray]:
-    """A curve_plot of each of D values.
+    """A plot (H, W, 3) uint8 of the prediction of each of D values; size = (W, H).
 
-    grid (K, 1); band: mean and std, both (K, D); draws (S, K, D). x (N, 1), y and mask (N, D):
-    pairs of the context's and of held-out points, which may be none. units: those of
-    data.curves.standardise, which the axes show instead.
+    grid (K, 1); band: mean and std, both (K, D), drawn as the mean and its 95 % band; draws
+    (S, K, D). x (N, 1), y and mask (N, D): pairs of the context's and of held-out points, which
+    may be none. units: those of data.curves.standardise, which the axes show instead. origin: a
+    datetime if x is days since it.
     """
-    a, b, c, d = ([float(v) for v in u.flatten()] for u in units) if units else (
-        [0.0], [1.0], [0.0] * y[0].shape[1], [1.0] * y[0].shape[1])
-    in_x, plots = lambda v: v.flatten().double() * b[0] + a[0], []
-    for j in range(y[0].shape[1]):
-        in_y = lambda v: v[..., j].double() * d[j] + c[j]
-        seen, held_out = ((in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]))
-                          for u, v, m in zip(x, y, mask))
-        mean, wide = band[0], 1.96 * band[1]
-        plots.append(curve_plot(
-            in_x(grid), in_y(mean), in_y(mean - wide), in_y(mean + wide), [in_y(v) for v in draws],
-            seen, held_out if len(held_out[0]) else None, size, x_name,
-            y_names[j] if y_names else "y", origin))
+    n_values = y[0].shape[1]
+    units = units or (torch.zeros(1), torch.ones(1), torch.zeros(n_values), torch.ones(n_values))
+    (a,), (b,), *columns = (u.flatten().tolist() for u in units)
+    in_x, plots = lambda v: floats(v) * b + a, []
+    x_ticks = partial(date_ticks, origin=origin) if origin else ticks
+    for j, (c, d) in enumerate(zip(*columns)):
+        in_y = lambda v: floats(v[..., j]) * d + c
+        dots = [(in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]), color)
+                for u, v, m, color in zip(x, y, mask, ("black", "#e08a2b"))]
+        mean, wide, t = band[0], 1.96 * band[1], in_x(grid)
+        low, high = in_y(mean - wide), in_y(mean + wide)
+        xs, ys = (np.concatenate([points[axis] for points in dots]) for axis in (0, 1))
+        plot = Plot(size, np.concatenate((t, xs)), np.concatenate((low, high, ys)), x_name,
+                    y_names[j] if y_names else "y", x_ticks)
+        plot.pen.polygon(plot.points(t, high) + plot.points(t, low)[::-1], "#d6e4f5")
+        for sample in draws:
+            plot.line(t, in_y(sample), "#8fb3de", 1)
+        plot.line(t, in_y(mean), "#1f4e8c")
+        for u, v, color in reversed(dots):
+            plot.dots(u, v, color)
+        plots.append(plot.pixels())
     return plots
 
 
@@ -244,19 +230,19 @@ def attention_sheet(image: Tensor, heat: dict[str, Tensor], base: dict, generate
     return image_grid([[to_uint8(p) for p in row] for row in (top, middle, bottom)])
 
 
-def line_plot(lines: dict[str, list], x_name: str = "x", y_name: str = "y", size=(480, 320),
-              log: tuple[bool, bool] = (False, False)) -> np.ndarray:
-    """Plot of named lines, rows (x, y) each -> (H, W, 3) uint8, size = (W, H).
+def line_plot(lines: dict[str, list], x_name: str, y_name: str, size=(480, 320)) -> np.ndarray:
+    """Named lines, rows (x, y) each, on logarithmic axes -> (H, W, 3) uint8, size = (W, H).
 
-    log: whether x and y are logarithmic. The names stand above, in the color of their line.
+    The names stand above, in the color of their line.
     """
-    rows = [np.array(r, float).reshape(-1, 2) for r in lines.values()]
-    plot = Plot(size, *np.concatenate(rows).T, x_name, y_name, log)
-    place = plot.frame[0][1]
-    for points, color in zip(rows, cycle(COLORS)):
+    with np.errstate(divide="ignore"):
+        rows = [np.log10(np.array(r, float).reshape(-1, 2)) for r in lines.values()]
+    ends = np.concatenate([rounded(r) for r in rows for rounded in (np.floor, np.ceil)])
+    plot = Plot(size, *ends.T, x_name, y_name, log_ticks, log_ticks)
+    place = plot.frame[0][1] - plot.font.getlength("   ".join(lines))
+    for name, points, color in zip(lines, rows, cycle(COLORS)):
         plot.line(*points.T, color)
         plot.dots(*points.T, color, 2)
-    for name, color in reversed(list(zip(lines, cycle(COLORS)))):
-        plot.text((place, 14 * FINE), name, "rs", color)
-        place -= plot.font.getlength(name + "   ")
+        plot.text((place, 14 * FINE), name, "ls", color)
+        place += plot.font.getlength(name + "   ")
     return plot.pixels()

