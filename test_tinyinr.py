@@ -1312,6 +1312,15 @@ def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(t
     assert logged(out)[-1]["step"] == step
 
 
+def test_a_signal_before_the_first_step_saves_as_well(tmp_path, monkeypatch):
+    prepare = commands.prepare_batches
+    monkeypatch.setattr(commands, "prepare_batches", lambda *args: (
+        os.kill(os.getpid(), signal.SIGINT), prepare(*args))[1])
+    output = run(*train_args("image", "transinr", tmp_path, "--steps", 5, "--out", tmp_path / "r"))
+    assert "SIGINT: saved step 0; go on with" in output
+    assert torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"] == 0
+
+
 LEARNING = {  # a task's batches
     "image": lambda folder, *cfgs: tinyinr.image_batches(*cfgs, images.ImageSet(
         photos(folder, 7), "train", 16)),
