@@ -189,6 +189,7 @@ class TrainConfig(Checked):
     random_crop: bool = False  # images: at their native size
     zoom: int = bounded(1, 1, 8)  # images: half of the targets from images of zoom times the size
     min_seen: float = bounded(1.0, 0, 1)  # masked images: least part of the pixels that are seen
+    whole: float = bounded(0.0, 0, 1)  # masked images: part of the images that are seen whole
     augment: bool = False  # scenes: mirror them and permute their colors
     balance: float = bounded(0.0, 0, 1)  # scenes: a class of n objects is drawn as n^(1 - balance)
     shared_rays: bool = False  # scenes: the same pixels and jitter for the whole batch, as in [1]
@@ -219,7 +220,7 @@ SMALL = {  # (task, model): what differs from the defaults
         grid=48, n_convs=5, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
-        n_queries=384, min_seen=0.1, lr=1e-3, muon_lr=0.01, warmup=50),
+        n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
@@ -1504,7 +1505,9 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
             sets.append((pixels, pick.to(device)))  # the same of every image
         context = {"image": sets[0][0]}
         if cfg.masked:
-            context["mask"] = random_masks(sets[0][0], recipe.min_seen, 1.0, gens)
+            whole = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < recipe.whole
+            masks = random_masks(sets[0][0], recipe.min_seen, 1.0, gens)
+            context["mask"] = masks.masked_fill(whole.to(device), 1.0)
         coords = [pixel_grid(*p.shape[2:], device)[pick] for p, pick in sets]
         target = torch.cat([p.flatten(2)[..., pick].mT for p, pick in sets], 1)  # (B, M, 3)
         yield context, {"coords": torch.cat(coords)[None]}, target
