@@ -919,6 +919,15 @@ def test_a_training_batch_holds_the_pixels_at_its_coordinates(zoom, tmp_path):
     assert torch.equal(next(tinyinr.image_batches(cfg, recipe, data))[2], target)
 
 
+def test_masked_images_are_seen_in_a_random_part_and_some_of_them_whole():
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    for whole in (0.0, 0.5, 1.0):
+        cfg, recipe = configs("image", "vnp", masked=True, min_seen=0.2, whole=whole, batch_size=64)
+        seen = next(tinyinr.image_batches(cfg, recipe, pixels))[0]["mask"].mean((1, 2, 3))
+        assert abs((seen == 1).float().mean() - whole) < 0.15 and seen.min() > 0.1
+        assert whole == 1 or 0.5 < seen[seen < 1].mean() < 0.7
+
+
 def balls(folder, train, test="", size=16):
     """A data set of scenes of a ball with one letter each, split by its file."""
     for i, name in enumerate(sorted({*train, *test})):
