@@ -215,7 +215,8 @@ def test_unknown_names_list_the_known_ones_and_those_of_presets_exist():
     ("transinr-shapenet", 44_463_484, dict(
         grid=0, image_size=128, padding=0, freq_top=256.0, n_groups=32, out_bias=0.0, near=2.0,
         far=6.0, points_per_ray=128, n_views=1, epochs=1000, repeats=2, drop_last=True,
-        batch_size=32, n_queries=128, lr=1e-4, train_views=25, shared_rays=True, augment=False, balance=0.0)),
+        batch_size=32, n_queries=128, lr=1e-4, train_views=25, shared_rays=True, augment=False,
+        balance=0.0, precision="fp32")),
     ("vnp-shapenet", 34_280_468, dict(
         grid=0, n_heads=8, image_size=128, patch=8, freq_top=256.0, latent_pool="query",
         kl_weight=1e-3, batch_size=32, n_queries=128, lr=1e-4))])

@@ -177,6 +177,7 @@ class TrainConfig(Checked):
     drop_last: bool = False  # an epoch ends with its last whole batch
     batch_size: int = bounded(16, 1)  # signals a step, of all processes together
     grad_accum_steps: int = bounded(1, 1)
+    precision: str = one_of("fp32", "bf16", "auto")  # of training; auto: what is fastest
     n_queries: int = bounded(0)  # targets per signal and step (pixels, rays, points); 0: all
     lr: float = bounded(1e-4, 0, 1e3)
     muon_lr: float = bounded(0.0, 0, 1e3)  # of the Transformer's matrices; 0: Adam for all
@@ -207,7 +208,7 @@ CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
                hidden=64, latent=32)  # VNP
-OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear")
+OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear", precision="auto")
 SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
         grid=32, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),

@@ -115,12 +115,13 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--seed", type=int)
 @click.option("--set", "extra", multiple=True, metavar="NAME=VALUE", help="Any config field.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
-@click.option("--precision", help="fp32, bf16 or auto.  [default: auto; the papers' presets: fp32]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]),
+              help="[default: the preset's; auto is what is fastest]")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
-def train_command(extra, device, precision, out, resume, overwrite, smoke, **options):
+def train_command(extra, device, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     if options["steps"] and options["minutes"]:
         raise ValueError("--steps and --minutes exclude each other; give one")
@@ -140,8 +141,7 @@ def train_command(extra, device, precision, out, resume, overwrite, smoke, **opt
                          "or replace it with --overwrite")
     if not any(getattr(recipe, name) for name in LENGTHS):
         raise ValueError("steps, minutes and epochs are all 0; give one of them")
-    ours = recipe.preset in ("small", "paper-small", "vnp-gp")
-    device = choose_device(device, precision or ("auto" if ours else "fp32"))
+    device = choose_device(device, recipe.precision)
     with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
         run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
 
