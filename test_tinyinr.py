@@ -1481,42 +1481,41 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 # ------------------------------------------------------------------------- command line
 
 
+def check_picture(file, want, tol=0.5):
+    """The pixels of a file are these values in [0, 1], up to so many 255ths."""
+    got = np.array(Image.open(file))
+    close(torch.from_numpy(got) / 255, want.clamp(0, 1).view(got.shape), tol / 255 + 1e-5)
+
+
 def test_render_draws_what_the_function_is_in_the_photos_shape(trained, tmp_path):
-    ckpt, model = trained[2] / "ckpt.pt", tinyinr.load(trained[2] / "ckpt.pt")
-    noisy(30, 60).save(tmp_path / "wide.png")
-    code = model.encode(rendering.read_context(model, tmp_path / "wide.png")[0])
-    grid = tinyinr.pixel_grid(20, 40)[None]
-    want = model.decode(code, {"coords": grid}).mean.clamp(0, 1).view(20, 40, 3)
+    ckpt, photo = trained[2] / "ckpt.pt", tmp_path / "wide.png"
+    noisy(30, 60).save(photo)
     for out in ("r.png", "r.npz"):
-        run("render", ckpt, tmp_path / "wide.png", "-o", tmp_path / out, "--size", 40)
-    got, numbers = np.array(Image.open(tmp_path / "r.png")), np.load(tmp_path / "r.npz")
-    close(torch.from_numpy(got) / 255, want, 0.5 / 255 + 1e-5)
-    assert (numbers["pixels"][0] == got).all()
+        run("render", ckpt, photo, "-o", tmp_path / out, "--size", 40)
+    model, numbers = tinyinr.load(ckpt), np.load(tmp_path / "r.npz")
+    code = model.encode(rendering.read_context(model, photo)[0])
+    want = model.decode(code, {"coords": tinyinr.pixel_grid(20, 40)[None]}).mean
+    check_picture(tmp_path / "r.png", want.view(20, 40, 3))
+    assert (numbers["pixels"][0] == np.array(Image.open(tmp_path / "r.png"))).all()
     close(torch.from_numpy(numbers["wb0"]), code["wb0"])
 
 
-@pytest.mark.parametrize("source", [dict(task="nvs", model="transinr"), PARITY / "vnp_1.pth"],
-                         ids=("grid", "official"))
-def test_a_scene_is_rendered_from_given_cameras_and_all_around(source, tmp_path):
-    if isinstance(source, dict):
-        tinyinr.save(tiny(**source), source := tmp_path / "c.pt")
-    model = tinyinr.load(source)
-    scene = balls(tmp_path, "a", size=model.cfg.image_size) / "balls/a"
-    file = scene / "transforms.json"
-    run("render", source, scene, "-o", tmp_path / "views", "--size", 8, "--pose", file)
-    views = scenes.read_scene(*scenes.find_scene(scene), model.cfg.image_size)
+def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
+    """Of a VNP: with latents that are drawn once for all views."""
+    ckpt, model, z = PARITY / "vnp_1.pth", tinyinr.load(PARITY / "vnp_1.pth"), None
+    side = model.cfg.image_size
+    scene = balls(tmp_path, "a", size=side) / "balls/a"
+    cameras = ("--pose", scene / "transforms.json")
+    run("render", ckpt, scene, "-o", tmp_path / "views", "--size", 8, *cameras)
+    views = scenes.read_scene(*scenes.find_scene(scene), side)
     code = model.encode(rendering.scene_context(model, views))
-    focals, z = views.focals * 8 / model.cfg.image_size, None
-    for i, pose in enumerate(views.poses):
-        rays = zip(("rays_o", "rays_d"), tinyinr.camera_rays(pose, focals[i], 8, 8))
-        query = {k: v.flatten(0, 1)[None] for k, v in rays}
-        if model.cfg.model == "vnp" and z is None:  # the same for all views
-            z = model.latents(code, query)[0]
-        got = np.array(Image.open(tmp_path / f"views/{i:03}.png"))
-        close(torch.from_numpy(got) / 255, model.decode(code, query, z=z).mean.view(8, 8, 3)
-              .clamp(0, 1), 0.5 / 255 + 1e-5)
+    for i, (pose, focal) in enumerate(zip(views.poses, views.focals * 8 / side)):
+        o, d = (v.flatten(0, 1)[None] for v in tinyinr.camera_rays(pose, focal, 8, 8))
+        z = model.latents(code, {"rays_o": o, "rays_d": d})[0] if z is None else z
+        want = model.decode(code, {"rays_o": o, "rays_d": d}, z=z).mean
+        check_picture(tmp_path / f"views/{i:03}.png", want)
     noisy(16, 16).save(tmp_path / "photo.png")  # a bare one
-    run("render", source, tmp_path / "photo.png", "-o", tmp_path / "t.gif", "--size", 4)
+    run("render", ckpt, tmp_path / "photo.png", "-o", tmp_path / "t.gif", "--size", 4)
     assert Image.open(tmp_path / "t.gif").n_frames == 36
 
 
@@ -1525,11 +1524,9 @@ def test_codes_are_written_as_numbers_and_a_checkpoint_is_described(trained, tmp
     model = tinyinr.load(out / "ckpt.pt")
     run("encode", out / "ckpt.pt", data, "-o", tmp_path / "codes.npz")
     codes = np.load(tmp_path / "codes.npz")
-    assert codes["names"].tolist() == sorted(p.name for p in data.iterdir())
-    context = rendering.read_context(model, data / "p3.png")[0]
-    row = codes["names"].tolist().index("p3.png")
-    for name, value in model.encode(context).items():
-        close(torch.from_numpy(codes[name][row]), value[0], 1e-4)
+    assert (names := codes["names"].tolist()) == sorted(p.name for p in data.iterdir())
+    for name, value in model.encode(rendering.read_context(model, data / "p3.png")[0]).items():
+        close(torch.from_numpy(codes[name][names.index("p3.png")]), value[0], 1e-4)
     assert re.search("transinr on image, .*dim=32.*step: 6", run("info", out / "ckpt.pt"), re.S)
     run("inspect", out / "ckpt.pt", data / "p0.png", "-o", tmp_path / "i.png")
     assert Image.open(tmp_path / "i.png").height == 3 * 192 + 2 * 4
@@ -1554,23 +1551,14 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     np.testing.assert_allclose(rows[:, 1], draws.mean.mean(0)[:, 0] * scale + 200, atol=0.05)
 
 
-def test_a_series_is_scored_beside_a_fitted_gp(tmp_path):
-    tinyinr.save(tiny("gp", "vnp"), tmp_path / "c.pt")
-    run("eval", tmp_path / "c.pt", "--data", ROOT / "data" / "sunspots.csv", "--json",
-        tmp_path / "s.json")
-    scores = json.loads((tmp_path / "s.json").read_text())["series"]
-    assert scores["sets"] > 9 and scores["fitted_gp"] > scores["target_ll"]
-
-
 def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     """`large` is the PSNR of the function at the pixels of the larger images."""
     model = tiny("image", "transinr")
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
     row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
-    code = model.encode({"image": data.pixels.float() / 255})
     grid = tinyinr.pixel_grid(32, 32)[None].expand(len(data), -1, -1)
-    values = tinyinr.psnr(model.decode(code, {"coords": grid}).mean,
-                          (data.large.float() / 255).flatten(2).mT)
+    mean = model.decode(model.encode({"image": data.pixels / 255}), {"coords": grid}).mean
+    values = tinyinr.psnr(mean, (data.large / 255).flatten(2).mT)
     assert row["large"] == pytest.approx(float(values.mean()), abs=1e-3)
     assert row["large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
@@ -1587,8 +1575,8 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
     exact = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
                             encode=lambda context: context, decode=posterior)
     case = (x, y, None, ("rbf", hyper), n, "rbf")
-    joint = evaluation.evaluate_curves(exact, [case], autoregressive=True)["rbf"]
-    marginal = evaluation.evaluate_curves(exact, [case])["rbf"]
+    joint, marginal = (evaluation.evaluate_curves(exact, [case], by_one)["rbf"]
+                       for by_one in (True, False))
     assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)
     assert marginal["target_ll"] == pytest.approx(marginal["gp"], abs=2e-3)
     assert joint["joint_ll"] > marginal["target_ll"] + 0.01
@@ -1607,49 +1595,47 @@ def test_pairs_are_random_views_of_each_object(tmp_path):
     assert evaluation.evaluate(model, cases)["balls"]["pictures"] == 14
 
 
-def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path):
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     args, data, out = trained
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    whole = (out / "ckpt.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"model": Path("pickled")}, tmp_path / "pickled.pt")
-    state = torch.load(out / "ckpt.pt", weights_only=True)
+    ckpt, photo, whole = out / "ckpt.pt", data / "p0.png", (out / "ckpt.pt").read_bytes()
+    Path("empty").mkdir()
+    Path("bad.png").write_bytes(b"no picture")
+    torch.save({"model": Trap()}, "trap.pt")
+    state = torch.load(ckpt, weights_only=True)
     for name, change in (("bad", dict(optimizers=7)), ("worse", dict(config=[1])),
                          ("old", dict(format=1))):
-        (tmp_path / name).mkdir()
-        torch.save(state | change, tmp_path / name / "ckpt.pt")
-    ckpt, photo, before = out / "ckpt.pt", data / "p0.png", sorted(tmp_path.rglob("*"))
-    train = lambda *more: (*args, "--out", tmp_path / "o", *more)
-    render = lambda c, source, *more: ("render", c, source, "-o", tmp_path / "out.png", *more)
+        Path(name).mkdir()
+        torch.save(state | change, f"{name}/ckpt.pt")
+    before = sorted(tmp_path.rglob("*"))
+    train = lambda *more: (*args, "--out", "o", *more)
+    resume = lambda folder, *more: ("train", "--resume", "--out", folder, *more)
+    render = lambda c, source, to="out.png": ("render", c, source, "-o", to)
     with runs.locked(out):
         assert "another run writes" in run(*args, "--out", out, "--overwrite", code=2)
     for command, words in [
-            (train("--data", tmp_path / "none"), "no such folder or zip"),
-            (train("--data", ""), "--data is empty"),
-            (train("--data", tmp_path / "empty"), "no pictures"),
-            (train("--preset", "huge"), "choose from small, paper-small"),
-            (train("--set", "n_groups=5"), "n_groups=5 must divide inr_width=32"),
+            (train("--data", "none"), "no such folder or zip"),
+            (train("--data", ""), "--data is empty"), (train("--data", "empty"), "no pictures"),
             (train("--steps", 1, "--minutes", 1), "exclude each other"),
             (("train", "--set", "minutes=0", "--set", "steps=0"), "give one of them"),
             (train("--set", "batch_size=7", "--set", "grad_accum_steps=3"),
              "batch_size=7 must be a multiple of processes x grad_accum_steps = 3; try 9"),
             (("train", "--task", "gp", "--smoke", "--out", "/proc/run"), "/proc/run"),
-            (("train", "--resume", "--out", tmp_path / "o"), "nothing to resume"),
-            (("train", "--resume", "--out", out, "--seed", 5), "is of a run with seed=0, not 5"),
-            (("train", "--resume", "--out", out, "--data", tmp_path), "is of a run with data="),
-            (("train", "--resume", "--out", tmp_path / "bad", "--steps", 9), "cannot be resumed"),
-            (("train", "--resume", "--out", tmp_path / "worse"), "not of a run"),
-            (("train", "--resume", "--out", tmp_path / "old"), "an earlier layout"),
-            ((*args, "--out", out), "holds a run already"),
-            (render(ckpt, tmp_path / "bad.png"), "not a picture"),
-            (("render", ckpt, photo, "-o", tmp_path / "out.xyz"), ".png"),
-            (render(tmp_path / "none.pt", photo), "no such checkpoint"),
-            (render(tmp_path / "cut.pt", photo), "not a readable checkpoint"),
-            (render(tmp_path / "pickled.pt", photo), "not a readable checkpoint"),
-            (render(ckpt, photo, "--views", 2), "--views is for nvs"),
-            (("eval", ckpt, "--pairs", 2), "--pairs is for nvs"),
-            (("inspect", PARITY / "vnp_1.pth", photo, "-o", tmp_path / "i.png"), "inspect takes")]:
+            (resume("o"), "nothing to resume"), (resume("worse"), "not of a run"),
+            (resume(out, "--seed", 5), "is of a run with seed=0, not 5"),
+            (resume(out, "--data", tmp_path), "is of a run with data="),
+            (resume("bad", "--steps", 9), "cannot be resumed"),
+            (resume("old"), "an earlier layout"), ((*args, "--out", out), "holds a run already"),
+            (render(ckpt, "bad.png"), "not a picture"), (render(ckpt, photo, "out.xyz"), ".png"),
+            (render("none.pt", photo), "no such checkpoint"),
+            (render("trap.pt", photo), "not a readable checkpoint"),
+            ((*render(ckpt, photo), "--views", 2), "--views is for nvs"),
+            (("inspect", PARITY / "vnp_1.pth", photo, "-o", "i.png"), "inspect takes")]:
         output = run(*command, code=2)
         errors = [line for line in output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and words in errors[0], (words, output)
@@ -1663,55 +1649,51 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(ROOT / "data")
-    Path("photos").mkdir()
-    for file in ("photo.jpg", "chair.jpg", "photos/1.jpg", "photos/2.jpg"):
+    photos(Path("photos"), 2, 90)
+    for file in ("photo.jpg", "chair.jpg"):
         picture((90, 80)).save(file)
     Path("points.csv").write_text("x,y\n-1,0.5\n0,0.2\n1.5,-1\n")
     frames = [{"file_path": "", "transform_matrix": p.tolist()} for p in poses(2)]
     Path("transforms.json").write_text(json.dumps({"camera_angle_x": 0.6, "frames": frames}))
-    simulate = CliRunner().invoke(lotka_volterra.main, ["simulate", "lv", "--count", "12"])
-    assert simulate.exit_code == 0, simulate.output
+    CliRunner().invoke(lotka_volterra.main, ["simulate", "lv", "--count", "12"])
     tinyinr.save(tiny("image", "transinr"), "ckpt.pt")
     Path("few").mkdir()
     shutil.copy("ckpt.pt", "few")
-    page = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^python (tinyinr|export).py (.*?) *(?:#.*)?$", page, re.M)
-    assert len(lines) >= 16 and {args.split()[0] for program, args in lines
-                                 if program == "tinyinr"} == set(tinyinr.cli.commands)
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^python (tinyinr|export).py (.*?) *(?:#.*)?$", text, re.M)
+    assert {args.split()[0] for program, args in lines if program == "tinyinr"} == set(
+        tinyinr.cli.commands)
     quick = {"--minutes 15": "--minutes 0.01", "2048": "64", "--size 128": "--size 16",
              "--tto 100": "--tto 1", "--pairs 100": "--pairs 2",
              "chair.jpg -o": "chair.jpg --size 16 -o", "--all data/pretrained": "--all few"}
+    extra = {"train": ["--smoke"], "eval": ["--size", "1"]}
     with torch.enable_grad():
         for program, line in lines:
             for long, short in quick.items():
                 line = line.replace(long, short)
             args = shlex.split(line)
-            if program == "export":
-                if "--serve" not in args:
-                    run_export(*args)
-            elif "transinr-celeba" not in args:
-                extra = {"train": ["--smoke"], "eval": ["--size", "1"]}.get(args[0], [])
-                run(*args, *extra)
-    by_torchrun = re.findall(r"^torchrun .*=(\d+) tinyinr.py (.*)$", page, re.M)
+            if program == "export" and "--serve" not in args:
+                run_export(*args)
+            elif program == "tinyinr" and "transinr-celeba" not in args:
+                run(*args, *extra.get(args[0], []))
+    by_torchrun = re.findall(r"^torchrun .*=(\d+) tinyinr.py (.*)$", text, re.M)
     assert [int(n) for n, _ in by_torchrun] == [2, 8]
     finish(start(*shlex.split(by_torchrun[0][1]), "--smoke", processes=2))
-    for name in ("large.png", "turn.gif", "chair.gif", "views/001.png", "plot.png",
-                 "prediction.csv", "codes.npz", "attention.png", "scores.json", "runs/mine/ckpt.pt",
-                 "runs/two/ckpt.pt", "runs/lv/ckpt.pt", "image.json", "ckpt.html", "ckpt.onnx",
-                 "onnx/ckpt.json"):
-        assert Path(name).stat().st_size > 0
+    for name in ("large.png turn.gif chair.gif views/001.png plot.png prediction.csv codes.npz "
+                 "attention.png scores.json runs/mine/ckpt.pt runs/two/ckpt.pt runs/lv/ckpt.pt "
+                 "image.json ckpt.html ckpt.onnx onnx/ckpt.json").split():
+        assert Path(name).stat().st_size > 0, name
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_memory_is_kept_between_steps():
-    """64 MB taken and freed again and again: the system has to hand out fresh pages once only."""
-    code = ("import resource, torch\nfrom data import commands\n{}\nfor _ in range(12): torch.ones(2**24)\n"
-            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "before = faults()\nfor _ in range(5): torch.ones(2**24)\nprint(faults() - before)")
-    kept, lost = (int(subprocess.run([sys.executable, "-c", code.format(call)], cwd=ROOT,
-                                     capture_output=True, check=True).stdout)
-                  for call in ("commands.keep_memory()", ""))
-    assert 4 * kept < lost
+    """64 MB taken and freed again and again: the system hands out no fresh pages."""
+    commands.keep_memory()
+    faults = []
+    for _ in range(20):
+        torch.ones(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[-1] - faults[9] < 50
 
 
 # ------------------------------------------------------------------------- stored models
@@ -1755,7 +1737,6 @@ def run_export(*args, code=0):
     """export.py in this process: its output, after a check of the exit code."""
     result = CliRunner().invoke(export.main, [str(a) for a in args])
     assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
     return result.output
 
 
@@ -1792,15 +1773,11 @@ def exported_model(folder, name):
     return tinyinr.load(folder / f"{name}.pt" if isinstance(source, dict) else source)
 
 
-def session(path):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(path, options)
-
-
 def run_onnx(path, feed) -> dict:
     """Name -> tensor of what a file, or its bytes, makes of the tensors it asks for."""
-    graph = session(path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    graph = ort.InferenceSession(path, options)
     values = graph.run(None, {i.name: feed[i.name].numpy() for i in graph.get_inputs()})
     return {o.name: torch.from_numpy(v) for o, v in zip(graph.get_outputs(), values)}
 
@@ -1843,34 +1820,20 @@ def near(got: dict, want: dict, atol=1e-4):
 
 @pytest.mark.parametrize("name", [k for k in EXPORTS if "half" not in k])
 def test_exports_agree_with_torch_on_unseen_shapes(exported, name):
+    """With masks, and depths and noise of each signal."""
     folder, model = exported[0], exported_model(exported[0], name)
     context, query = problem(model.cfg, 5, 15)
     want = decoded(model, context, query)
     if name.endswith("fused"):
-        feed = context | {"query_x": query["x"], "eps": query["eps"]}
-        near(run_onnx(folder / f"{name}.onnx", feed), want)
+        got = run_onnx(folder / f"{name}.onnx", query | context | {"query_x": query["x"]})
     else:
-        code, values = run_both(folder, name, context, query)
+        code, got = run_both(folder, name, context, query)
         near(code, model.encode(context))
-        near(values, want)
+    near(got, want)
     assert want["mean"].std() > 1e-3  # or the comparison would say nothing
-
-
-def test_noise_draws_the_latents_and_the_depth_range_is_each_signals_own(exported):
-    folder, _ = exported
-    context, query = problem(exported_model(folder, "nvs-vnp").cfg, 2, 40)
-    mean = lambda **more: run_both(folder, "nvs-vnp", context, query | more)[1]["mean"]
-    first, nearer = mean(), mean(far=query["far"] - torch.tensor([2.0, 0.0]))
-    assert not torch.equal(first, mean(eps=query["eps"] + 0.1))
-    assert not torch.allclose(nearer[0], first[0]) and torch.equal(nearer[1], first[1])
-
-
-def test_masked_points_do_not_count(exported):
-    context, query = problem(exported_model(exported[0], "gp-vnp").cfg, 1, 8)
-    seen = context["mask"][0].bool()
-    cut = {k: v[:, seen] for k, v in context.items()}
-    assert 0 < seen.sum() < len(seen)
-    near(*(run_both(exported[0], "gp-vnp", c, query)[1] for c in (context, cut)), 1e-5)
+    for key in {"mask", "near", "far", "eps"} & {*context, *query}:  # which matter
+        other = [{k: v * (k != key) for k, v in given.items()} for given in (context, query)]
+        assert (decoded(model, *other)["mean"] - want["mean"]).abs().max() > 1e-3, key
 
 
 def test_the_code_of_a_transinr_is_a_plain_mlp(exported):
@@ -1892,32 +1855,23 @@ def shapes(values):
 
 
 def test_dimensions_are_free_but_where_the_architecture_or_static_fixes_them(exported):
-    folder, printed = exported
-    graph = lambda name: onnx.load(folder / f"{name}.onnx").graph
-    views = {"poses": "batch views 3 4", "focals": "batch views 2"}
+    graph = lambda name: onnx.load(exported[0] / f"{name}.onnx").graph
     rays = {"rays_o": "batch queries 3", "rays_d": "batch queries 3", "near": "batch",
-            "far": "batch", "eps": "2 batch 1 5"}
-    pool = {"pool_rays_o": "batch pool 3", "pool_rays_d": "batch pool 3",
-            "pool_weight": "batch pool"}
+            "far": "batch", "eps": "2 batch 1 5", "pool_rays_o": "batch pool 3",
+            "pool_rays_d": "batch pool 3", "pool_weight": "batch pool"}
     for name, want in {  # learned positions of patches, tokens of a lattice
-            "nvs-transinr.encoder": {"images": "batch views 3 height width"} | views,
-            "nvs-vnp.encoder": {"images": "batch views 3 16 16"} | views,
-            "nvs-vnp.decoder": {"tokens": "batch 27 32"} | pool | rays,
+            "nvs-transinr.encoder": {"images": "batch views 3 height width",
+                                     "poses": "batch views 3 4", "focals": "batch views 2"},
             "image-vnp.encoder": {"image": "batch 3 16 16", "mask": "batch 1 16 16"},
+            "nvs-vnp.decoder": {"tokens": "batch 27 32"} | rays,
             "gp-vnp-fused": {"x": "batch points 1", "y": "batch points 1", "mask": "batch points",
                              "query_x": "batch queries 1", "eps": "2 batch 1 5"}}.items():
         assert shapes(graph(name).input) == want
-    assert shapes(graph("nvs-vnp.decoder").output) == {"mean": "batch queries 3"}
-    assert shapes(graph("gp-vnp-fused").output) == dict.fromkeys(
-        ("mean", "std"), "batch queries 1")
-    assert "static: the context has 16 x 16 pixels" in printed["image-vnp"]
-    for part in ("encoder", "decoder"):
-        body = graph(f"nvs-vnp-half.{part}")
+    assert shapes(graph("gp-vnp-fused").output) == dict.fromkeys(("mean", "std"), "batch queries 1")
+    assert "static: the context has 16 x 16 pixels" in exported[1]["image-vnp"]
+    for body in map(graph, ("nvs-vnp-half.encoder", "nvs-vnp-half.decoder")):
         named = shapes([*body.input, *body.value_info, *body.output])
         assert not re.search("[a-z]", " ".join(named.values())), named
-    values = [onnx.helper.make_tensor_value_info("x", 1, ["s0", 7, 1])]
-    with pytest.raises(tinyinr.RunFailed, match=r"x came out as \['batch', 7, 1\]"):
-        export.name_dimensions(values, {"x": ("batch", "points", 1)})
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -1925,58 +1879,48 @@ def test_files_are_single_of_the_asked_opset_and_hold_no_traces(exported, name):
     opset = 18 if "18" in EXPORTS[name][1] else 20
     files = list(exported[0].glob(f"{name}.*onnx*"))
     assert len(files) == (1 if "--fused" in EXPORTS[name][1] else 2)
-    for file in files:
-        data = file.read_bytes()
+    for data in map(Path.read_bytes, files):
         proto = onnx.load_from_string(data)
         onnx.checker.check_model(proto, full_check=True)
         assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
         assert proto.ir_version == {18: 8, 20: 9}[opset]  # or older runtimes refuse the file
         body = proto.graph
-        equal = [(t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes())
+        equal = [(t.data_type, *t.dims, onnx.numpy_helper.to_array(t).tobytes())
                  for t in body.initializer]
         assert len(set(equal)) == len(equal)  # each is stored once
-        typed = {v.name for v in body.value_info} | {v.name for v in body.output}
-        assert {name for node in body.node if node.op_type != "Cast" for name in node.output
-                if name} <= typed
-        for trace in (b"site-packages", b".py", b"/tmp", str(ROOT).encode(), b"stack_trace"):
-            assert trace not in data, trace
+        made = {k for node in body.node if node.op_type != "Cast" for k in node.output if k}
+        assert made <= {v.name for v in (*body.value_info, *body.output)}  # typed
+        assert not re.search(rf"site-packages|\.py|/tmp|{ROOT}|stack_trace".encode(), data)
 
 
 def test_metadata_and_sidecar_say_what_a_file_is(exported):
-    folder, _ = exported
-    cfg, sidecar = exported_model(folder, "gp-vnp").cfg, json.loads(
-        (folder / "gp-vnp.json").read_text())
-    names = {}
+    folder, cfg = exported[0], exported_model(exported[0], "gp-vnp").cfg
+    sidecar = json.loads((folder / "gp-vnp.json").read_text())
     for part, entry in sidecar.pop("files").items():
         path = folder / f"gp-vnp.{part}.onnx"
-        meta = session(path).get_modelmeta().custom_metadata_map
+        proto = onnx.load(path)
+        meta = {p.key: p.value for p in proto.metadata_props}
         assert meta.pop("part") == part and entry["error"] <= 1e-5
         assert (entry["file"], entry["bytes"]) == (path.name, path.stat().st_size)
-        for kind in ("inputs", "outputs"):
+        for kind, values in (("inputs", proto.graph.input), ("outputs", proto.graph.output)):
             assert entry[kind] == json.loads(meta.pop(kind))
-            names[part, kind] = set(entry[kind])
+            assert list(entry[kind]) == [v.name for v in values]
         assert sidecar == {k: v if isinstance(sidecar[k], str) else json.loads(v)
                            for k, v in meta.items()}
-    assert names["decoder", "inputs"] == {"tokens", "pool_x", "pool_weight", "x", "eps"}
-    assert names["decoder", "outputs"] == {"mean", "std"}
-    assert ModelConfig(**sidecar["config"]) == cfg and sidecar["near"] == cfg.near
-    assert (sidecar["task"], sidecar["model"], sidecar["opset"]) == ("gp", "vnp", 18)
-    assert sidecar["versions"]["torch"] == torch.__version__
+    assert ModelConfig(**sidecar["config"]) == cfg and sidecar["opset"] == 18
     digest = hashlib.sha256((folder / "gp-vnp.pt").read_bytes()).hexdigest()
     assert sidecar["checkpoint_sha256"] == digest and "OpenGL" in sidecar["conventions"]
 
 
-@pytest.mark.parametrize("name, query", [("image-transinr", "coords"), ("gp-vnp", "x")])
-def test_angles_of_sines_and_cosines_are_reduced(exported, name, query):
+def test_angles_of_sines_and_cosines_are_reduced(exported):
     """To [-pi, pi], where every GPU knows them: seen at extra outputs of the decoder."""
-    folder, _ = exported
-    proto = onnx.load(folder / f"{name}.decoder.onnx")
+    stem = exported[0] / "image-transinr"
+    proto = onnx.load(f"{stem}.decoder.onnx")
     angles = {n.input[0] for n in proto.graph.node if n.op_type in ("Sin", "Cos")}
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(k, 1, None) for k in angles)
-    context, queries = problem(exported_model(folder, name).cfg, 2, 50)
-    queries[query][0, 0] = -2.0  # further out than any pixel
-    feed = run_onnx(folder / f"{name}.encoder.onnx", context) | queries
-    values = run_onnx(proto.SerializeToString(), feed)
+    context, query = problem(exported_model(exported[0], stem.name).cfg, 2, 50)
+    query["coords"][0, 0] = -2.0  # further out than any pixel
+    values = run_onnx(proto.SerializeToString(), run_onnx(f"{stem}.encoder.onnx", context) | query)
     assert angles and all(3 < values[k].abs().max() < 3.1417 for k in angles)
 
 
@@ -1989,38 +1933,28 @@ def test_inputs_of_different_batches_are_refused_by_name(exported):
             run_onnx(exported[0] / "nvs-transinr.decoder.onnx", feed)
 
 
-@pytest.mark.parametrize("name, batch, part, largest", [
-    ("image-transinr-half", 2, "encoder", 0.65), ("nvs-vnp-half", 1, "decoder", 0.8)])
-def test_half_precision_is_stored_for_the_matrices_of_the_model(
-        exported, name, batch, part, largest):
+@pytest.mark.parametrize("name, batch, part", [
+    ("image-transinr-half", 2, "encoder"), ("nvs-vnp-half", 1, "decoder")])
+def test_half_precision_is_stored_for_the_matrices_of_the_model(exported, name, batch, part):
     """All but the INR of a TransINR; computed in fp32, and hardly another picture."""
-    folder, printed = exported
+    (folder, printed), half = exported, {}
     model = exported_model(folder, name)
-    file = folder / f"{name}.{part}.onnx"
-    kinds = {i.name: i.data_type for i in onnx.load(file).graph.initializer}
-    half = [k for k, kind in kinds.items() if kind == onnx.TensorProto.FLOAT16]
-    assert len(half) >= 4 * model.cfg.depth and not any("base" in k or "pos" in k for k in half)
-    stored = sum(len(i.raw_data) for i in onnx.load(file).graph.initializer)
-    parts = r"embed|cross|enhance|blocks.*(?<!post_)|head|grid" if part == "decoder" else ""
-    full = sum(4 * p.numel() for n, p in model.named_parameters() if re.match(parts, n)
-               and ".post_" not in n)
-    assert stored < largest * full
-    if part == "encoder":
-        decoder = onnx.load(folder / f"{name}.decoder.onnx").graph
-        assert onnx.TensorProto.FLOAT16 not in {i.data_type for i in decoder.initializer}
+    for file in folder.glob(f"{name}.*.onnx"):
+        half[file.name.split(".")[1]] = [t.name for t in onnx.load(file).graph.initializer
+                                         if t.data_type == onnx.TensorProto.FLOAT16]
+    assert len(half[part]) >= 4 * model.cfg.depth and (part == "decoder" or not half["decoder"])
+    assert not any("base" in k or "pos" in k for k in half[part])
     context, query = problem(model.cfg, batch, 50)
     error = run_both(folder, name, context, query)[1]["mean"] - decoded(
         model, context, query)["mean"]
     assert 0 < error.abs().max() and -10 * error.square().mean().log10() > 60  # dB
-    lost = re.search(r"PSNR on bundled signals [-\d.]+, in fp32 [-\d.]+: lost ([-\d.]+)",
-                     printed[name])
-    assert abs(float(lost[1])) < 0.1
+    assert abs(float(re.search(r", in fp32 \S+: lost (\S+)", printed[name])[1])) < 0.1
 
 
 def test_a_folder_becomes_the_same_bytes_again_and_a_table(tmp_path, exported):
     source, out = tmp_path / "models", tmp_path / "out"
     source.mkdir()
-    (source / "a.pt").write_bytes((exported[0] / "gp-transinr.pt").read_bytes())
+    shutil.copy(exported[0] / "gp-transinr.pt", source / "a.pt")
     output = run_export("--all", source, "-o", out)
     assert {p.name for p in out.iterdir()} == {"a.encoder.onnx", "a.decoder.onnx", "a.json"}
     table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$", output, re.M)
@@ -2033,9 +1967,8 @@ def test_a_folder_becomes_the_same_bytes_again_and_a_table(tmp_path, exported):
 
 @pytest.fixture
 def lowered(monkeypatch, exported):
-    """Lowering takes seconds: take a graph that was lowered before, and export it from there."""
-    folder, _ = exported
-    load = lambda graph, opset: onnx.load(folder / f"image-transinr.{graph.part}.onnx")
+    """Lowering takes seconds: an export of image-transinr from a graph that was lowered before."""
+    load = lambda graph, opset: onnx.load(exported[0] / f"image-transinr.{graph.part}.onnx")
     monkeypatch.setattr(export, "lower", load)
     return lambda out, code=0: run_export(
         EXPORTS["image-transinr"][0], "-o", out, "--opset", "18", code=code)
@@ -2073,35 +2006,25 @@ def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
     assert {p.name for p in tmp_path.iterdir()} == {
         "a.encoder.onnx", "a.encoder.onnx.data", "a.decoder.onnx", "a.json"}
     context = {"image": rand(2, 3, 22, 22)}
-    near(*(run_onnx(stem.with_name(stem.name + ".encoder.onnx"), context) for stem in (
+    near(*(run_onnx(f"{stem}.encoder.onnx", context) for stem in (
         tmp_path / "a", exported[0] / "image-transinr")), 0)
 
 
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-@pytest.mark.parametrize("data, options, reason", [
-    (None, [], "bad.pt: no such checkpoint"), (b"", [], "bad.pt: not a readable checkpoint"),
-    (pickle.dumps({"model": Trap()}), [], "bad.pt: .* pickled objects"),
-    (PARITY, ["--opset", "17"], "opset='17' is unknown; choose from 18, 20"),
-    (PARITY, ["-o", "absent/a"], "absent: no such folder"),
-    (PARITY, ["-o", "bad.pt/a"], "bad.pt: no such folder"),
-    (PARITY, ["--static", "rays=8"], "dimension of --static='rays' is unknown; choose from batch"),
-    (PARITY, ["--static", "batch=0"], "--static batch=0 must be a whole number from 1 on"),
-    (PARITY, ["--all", "."], "give one of CKPT, --all FOLDER and --serve FOLDER"),
-    (PARITY, ["--page", "--fused"], "--page decodes pieces of any size: leave out --fused"),
-    (PARITY, ["-o", "scores"], "scores.json: is there and no export wrote it")])
-def test_what_cannot_be_exported_is_refused_in_one_line(
-        tmp_path, monkeypatch, data, options, reason):
+@pytest.mark.parametrize("options, reason", [
+    ("--opset 17", "opset='17' is unknown; choose from 18, 20"),
+    ("-o absent/a", "absent: no such folder"), ("-o a.pt/a", "a.pt: no such folder"),
+    ("--static rays=8", "dimension of --static='rays' is unknown; choose from batch"),
+    ("--static batch=0", "--static batch=0 must be a whole number from 1 on"),
+    ("--all .", "give one of CKPT, --all FOLDER and --serve FOLDER"),
+    ("--page --fused", "--page decodes pieces of any size: leave out --fused"),
+    ("-o scores", "scores.json: is there and no export wrote it")])
+def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, options, reason):
     monkeypatch.chdir(tmp_path)
-    if data is not None:
-        Path("bad.pt").write_bytes((PARITY / "vnp_1.pth").read_bytes() if data is PARITY else data)
+    shutil.copy(PARITY / "vnp_1.pth", "a.pt")
     Path("scores.json").write_text('{"psnr": 20}')
-    output = run_export("bad.pt", *options, code=2)
-    assert re.match(f"Error: {reason}", output) and output.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} - {"bad.pt"} == {"scores.json"}
+    output = run_export("a.pt", *options.split(), code=2)
+    assert output.startswith(f"Error: {reason}") and output.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "scores.json"}
     assert Path("scores.json").read_text() == '{"psnr": 20}'
 
 
