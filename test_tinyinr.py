@@ -1892,7 +1892,7 @@ def test_half_precision_is_stored_for_the_matrices_of_the_model(exported, name, 
     context, query = problem(model, batch, 50)
     values, want = run_both(folder, name, context, query)[1], decoded(model, context, query)
     assert 0 < (values["mean"] - want["mean"]).abs().max()
-    assert tinyinr.psnr(values["mean"], want["mean"], clamp=False) > 60
+    assert tinyinr.psnr(values["mean"], want["mean"], clamp=False).min() > 60
     assert abs(float(re.search(r", in fp32 \S+: lost (\S+)", printed[name])[1])) < 0.1
 
 
