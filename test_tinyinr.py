@@ -1641,6 +1641,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
             (render("none.pt", photo), "no such checkpoint"),
             (render("trap.pt", photo), "not a readable checkpoint"),
             ((*render(ckpt, photo), "--views", 2), "--views is for nvs"),
+            ((*render(ROOT / "data/pretrained/gp-vnp.pt", ROOT / "data/hares.csv"), "--size", 64),
+             "--size 64: a plot needs at least 96"),
             (("inspect", PARITY / "vnp_1.pth", photo, "-o", "i.png"), "inspect takes")]:
         output = run(*command, code=2)
         errors = [line for line in output.splitlines() if line.startswith("Error: ")]

@@ -315,6 +315,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
     form = "" if numbers else pictures.picture_format(out, animated=cfg.task == "nvs")
     if cfg.task == "gp":
+        if not numbers and size < 96:
+            raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
         table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
         drawn = tabulate_curve(model, table) if numbers else [render_curve(model, table, size)]
