@@ -1726,6 +1726,7 @@ EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
     "gp-transinr": (dict(task="gp", model="transinr"), []),
     "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
+    "gp-transinr-two": (dict(task="gp", model="transinr", n_values=2), []),
     "gp-vnp-fused": (dict(task="gp", model="vnp"), ["--fused"]),
     "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
     "nvs-vnp-half": (dict(task="nvs", model="vnp", dim=64),
@@ -2159,7 +2160,7 @@ def browser(tmp_path_factory):
 def served(ort_web, exported):
     """Address of a server of pages for the exports of image, nvs and gp models."""
     folder, _ = exported
-    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp"):
+    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp", "gp-transinr-two"):
         cfg = exported_model(folder, name).cfg
         n, size = cfg.n_views, cfg.image_size
         data = SimpleNamespace(
@@ -2225,9 +2226,10 @@ def test_the_page_draws_the_view_that_a_scene_was_seen_from(exported, served, br
     assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
 
 
-def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, browser):
-    model = exported_model(exported[0], "gp-vnp")
-    browser.open(f"{served}/gp-vnp.html")
+@pytest.mark.parametrize("name", ("gp-vnp", "gp-transinr-two"))  # of two values, the first
+def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, browser, name):
+    model = exported_model(exported[0], name)
+    browser.open(f"{served}/{name}.html")
     before = browser.js("[...document.getElementById('view').values.mean]")
     browser.js("document.getElementById('view').scrollIntoView()")
     box = browser.js("(b => [b.left, b.top, b.width, b.height])"
@@ -2237,16 +2239,21 @@ def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, brows
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, clickCount=1, **at)
     browser.settle("document.getElementById('draws').click()")
+    assert browser.js("document.getElementById('mean').getBBox().width") > 3  # of -2 to 2
     values = browser.js("document.getElementById('view').values")
     x = torch.tensor([-1.5, -0.6, 0.7, 1.0])[None, :, None]
     y = torch.tensor([0.5, -0.4, 0.9, 1.0])[None, :, None]
-    code = model.encode({"x": x, "y": y})
-    eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
-    query = {"x": torch.linspace(-2, 2, 256)[None, :, None]}
+    context = {"x": x, "y": y}
+    if name == "gp-transinr-two":
+        context = {"x": x, "y": F.pad(y, (0, 1)), "mask": F.pad(torch.ones_like(y), (0, 1))}
+    eps = torch.zeros(1)
+    if name == "gp-vnp":
+        eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
+        assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
+    code, query = model.encode(context), {"x": torch.linspace(-2, 2, 256)[None, :, None]}
     draws = [model.decode(code, query, eps=e) for e in eps]
-    mean, std = (torch.stack([d[i].flatten() for d in draws]) for i in range(2))
+    mean, std = (torch.stack([d[i][..., 0].flatten() for d in draws]) for i in range(2))
     both = 1.96 * (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
-    assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
     close(torch.tensor(values["mean"]), mean.mean(0), 1e-3)
     close(torch.tensor(values["band"]), both, 1e-3)
     assert np.abs(np.array(before) - values["mean"]).max() > 1e-3

@@ -55,10 +55,10 @@ const contextOf = {
     images: [photos.flatMap(look), [1, photos.length, 3, S, S]],
     poses: [poses.flat(2), [1, photos.length, 3, 4]],
     focals: [focals.flat(), [1, photos.length, 2]]}),
-  gp: ({view: {points}}) => ({
-    x: [points.map(p => 4 * p.x - 2), [1, points.length, 1]],
-    y: [points.map(p => 2 - 4 * p.y), [1, points.length, 1]],
-    mask: [Array(points.length).fill(1), [1, points.length]]}),
+  gp: ({view: {points}}, N = points.length, D = config.n_values) => ({  // of D values the first
+    x: [points.map(p => 4 * p.x - 2), [1, N, 1]],
+    y: [points.flatMap(p => [2 - 4 * p.y, ...Array(D - 1).fill(0)]), [1, N, D]],
+    mask: [points.flatMap(() => [1, ...Array(D - 1).fill(0)]), D > 1 ? [1, N, D] : [1, N]]}),
 };
 const queryOf = {  // the values of pixel (i, j) of h x w
   image: ({x, y, zoom}, w, h) => (i, j) => ({
@@ -115,7 +115,9 @@ async function work({id, view, size, anew}) {
     await turn();
     if (id < latest && task != "gp") return;  // a curve is finished, so that it moves in a drag
     const {mean, std} = await decode(view, piece), ms = performance.now() - start;
-    postMessage({...piece, W, H, k, count, id, mean: mean.data, std: std?.data, encode, ms});
+    const drawn = task == "gp" ? v => v?.data.filter((_, i) => i % config.n_values == 0) :
+      v => v?.data;
+    postMessage({...piece, W, H, k, count, id, mean: drawn(mean), std: drawn(std), encode, ms});
   }
 }
 onmessage = ({data}) => {
