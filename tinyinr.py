@@ -134,13 +134,13 @@ class ModelConfig(Checked):
                 raise ValueError(f"{divisor}={a} must divide {n}={b}; try {math.gcd(a, b)}")
         if not self.near < self.far:
             raise ValueError(f"near={self.near} must be below far={self.far}")
-        n_patches = (self.image_size + 2 * self.padding) // self.patch
-        if self.task == "nvs" and self.grid and n_patches < 2:  # they are interpolated
+        padded = self.image_size + 2 * self.padding
+        if self.task == "nvs" and self.grid and padded < 2 * self.patch:  # they are interpolated
             raise ValueError(f"patch={self.patch} must be at most half of the padded image_size="
-                             f"{self.image_size + 2 * self.padding} where scenes have a grid")
+                             f"{padded} where scenes have a grid")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} x merge={self.merge} must be at most the padded "
-                             f"image_size={self.image_size + 2 * self.padding}")
+                             f"image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
             raise ValueError(f"grid={self.grid} must be a multiple of the {self.side} tokens along "
                              f"an axis; try {max(2, self.side) if self.side <= 256 else 0}")
