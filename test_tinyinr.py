@@ -1566,6 +1566,16 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     np.testing.assert_allclose(mean, draws.mean.mean(0)[:, 0] * scale + 200, atol=0.05)
 
 
+def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid():
+    """Whatever its size, where the prior is over the query: the latents of 32 x 32 pixels."""
+    model = tiny("image", "vnp", latent_pool="query")
+    code, fixed = model.encode(signals("image", 1)[0]), tinyinr.pixel_grid(32, 32)[None]
+    z = model.latents(code, {"coords": fixed})[0]
+    mean = model.decode(code, {"coords": tinyinr.pixel_grid(8, 6)[None]}, z=z).mean
+    want = (mean.clamp(0, 1) * 255).round().byte().view(8, 6, 3).numpy()
+    assert np.abs(rendering.render_image(model, code, 8, 6).astype(int) - want).max() <= 1
+
+
 def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     """`large` is the PSNR of the function at the pixels of the larger images."""
     model = tiny("image", "transinr")

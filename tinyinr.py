@@ -1216,6 +1216,11 @@ def subsample(query: dict, most: int) -> dict:
     return select_queries(query, pick.to(device))
 
 
+def draw_latents(model, code: dict, query: dict) -> Tensor | None:
+    """The latents of a VNP, once for a whole signal, at the prior's mean; None: it has none."""
+    return model.latents(code, subsample(query, 1024))[0] if model.cfg.model == "vnp" else None
+
+
 def skip_empty_rays(signal: Signal, query: dict):
     """The query with one of the rays that miss a bounded scene, all alike, instead of all.
 
@@ -1238,8 +1243,7 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Predictio
     chunk 0: what fits a CPU's cache, or what fills a GPU.
     """
     chunk = chunk or 1 << (14 if model.freqs.device.type == "cpu" else 18)
-    if model.cfg.model == "vnp" and z is None:
-        z = model.latents(code, subsample(query, 1024))[0]
+    z = draw_latents(model, code, query) if z is None else z
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit

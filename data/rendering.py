@@ -13,8 +13,8 @@ from data import curves, images, pictures
 from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
                              scene_cases)
 from data.runs import track
-from tinyinr import (WINDOW, Prediction, camera_rays, generator, look_at, pixel_grid, predict,
-                     select_queries, subsample, to_device)
+from tinyinr import (WINDOW, Prediction, camera_rays, draw_latents, generator, look_at, pixel_grid,
+                     predict, select_queries, to_device)
 
 
 def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, Tensor]:
@@ -22,9 +22,7 @@ def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, T
 
     A depth is in units of the scene's range, 1 at near, and 0 at far and where a ray meets nothing.
     """
-    cfg, z, rows = model.cfg, None, []
-    if cfg.model == "vnp":
-        z = model.latents(code, subsample(query, 1024))[0]
+    cfg, z, rows = model.cfg, draw_latents(model, code, query), []
     for i in range(0, side**2, side):
         row = select_queries(query, slice(i, i + side))
         rows.append(model.signal.render(*model.raw_field(code, row, z=z)))
@@ -127,7 +125,7 @@ def render_image(model, code: dict, height: int, width: int):
 
     The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
     """
-    z = model.latents(code, {})[0] if model.cfg.model == "vnp" else None
+    z = draw_latents(model, code, {"coords": pixel_grid(32, 32)[None].to(model.freqs)})
     rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
                   for n in (height, width))
     parts = []
@@ -165,8 +163,7 @@ def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) ->
         rays_o, rays_d = (r.flatten(0, 1)[None].to(model.freqs)
                           for r in camera_rays(pose, focal, size, size))
         query = {"rays_o": rays_o, "rays_d": rays_d}
-        if z is None and model.cfg.model == "vnp":  # once for all views
-            z = model.latents(code, subsample(query, 1024))[0]
+        z = draw_latents(model, code, query) if z is None else z  # once for all views
         pixels = predict(model, code, query, z).mean.clamp(0, 1)
         views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
     return views
