@@ -521,12 +521,16 @@ def test_kl_equals_torch_distributions_and_is_zero_for_equal_ones():
 @pytest.mark.parametrize("pool", ("context", "query"))
 @every_task
 def test_latents_drawn_once_give_the_same_values_as_noise(task, pool, grid):
+    """And those of several samples what each gives alone."""
     model, (context, query) = tiny(task, "vnp", grid, latent_pool=pool), signals(task)
     code, eps = model.encode(context), torch.randn(2, 3, 1, 5)
     z, kl = model.latents(code, query, eps)
     assert z.shape == (2, 3, 1, 5) and (kl == 0).all()
     check_prediction(model.decode(code, query, z=z), want := model.decode(code, query, eps))
     assert (model.decode(code, query).mean - want.mean).abs().max() > 1e-4
+    many = model.decode(code, query, torch.stack((torch.zeros_like(eps), eps), 1))
+    check_prediction(tinyinr.Prediction(*(v if v is None else v[1] for v in many)), want)
+    close(many.mean[0], model.decode(code, query).mean)
     target = rand(3, 7, model.signal.value_dim, seed=4)
     z, kl = model.latents(code, query, eps, target)
     assert kl.shape == (3,) and (kl > 0).all()
@@ -1563,7 +1567,7 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     x, y = (torch.tensor(v).view(1, 3, 1) for v in ([-2.0, 0, 2], [-100 / scale, 100 / scale, 0]))
     grid = torch.linspace(-2, 2, 256)[None, :, None]
     draws = evaluation.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
-    np.testing.assert_allclose(mean, draws.mean.mean(0)[:, 0] * scale + 200, atol=0.05)
+    np.testing.assert_allclose(mean, draws.mean.mean(0)[0, :, 0] * scale + 200, atol=0.05)
 
 
 def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid():
@@ -2064,7 +2068,7 @@ def test_example_predicts_a_curve_with_its_band_and_plots_it(tmp_path, exported,
     x, y, _ = curves.standardise(*torch.tensor(points).float().T[:, None, :, None])
     draws = evaluation.sample_curves(exported_model(exported[0], name), {"x": x, "y": y}, grid,
                                      500, tinyinr.generator(0))
-    want = evaluation.mixture(draws, 1)
+    want = evaluation.mixture(draws)
     for got, v in zip(script["decode"](decoder, code, grid.numpy()), want, strict=True):
         close(torch.from_numpy(got), v.flatten(), tol)
 

@@ -596,8 +596,10 @@ class Scene(Signal):
 
     def render(self, raw, points, z_vals, background=1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Color, depth and opacity of rays from the field's raw values at their points."""
-        rgb, sigma = (v.unflatten(1, z_vals.shape[1:]) for v in self.radiance(raw, points))
-        return volume_render(rgb, sigma, z_vals, background)
+        rgb, sigma = self.radiance(raw, points)
+        n_rays, n_points = z_vals.shape[1:]
+        return volume_render(rgb.unflatten(-2, (n_rays, n_points)),
+                             sigma.unflatten(-1, (n_rays, n_points)), z_vals, background)
 
     def to_prediction(self, raw, points, z_vals):
         return Prediction(self.render(raw, points, z_vals)[0], None)
@@ -802,13 +804,13 @@ class LatentBlock(nn.Module):
         self.mod1 = ModLinear(dim, hidden, hidden, active=True)
         self.mod2 = ModLinear(hidden, dim, hidden, active=False, scale=6**-0.5)
 
-    def forward(self, f, e, z):  # (B, K, D), (B, K, D), (B, 1, Z)
+    def forward(self, f, e, z):  # (..., B, K, D), (B, K, D), (..., B, 1, Z)
         style = self.style(z.to(self.mod1.weight.dtype))
-        f = f + self.unmod(torch.cat((e, f), -1))
+        f = f + self.unmod(torch.cat((e.expand_as(f), f), -1))
         return f + self.mod2(self.mod1(f, style), style)
 
     def distribution(self, value, target=None, weight=None) -> Gaussian:
-        """Prior from values (B, M, C), or posterior from them and the true ones, in fp32.
+        """Prior from values (..., B, M, C), or posterior from them and the true ones, in fp32.
 
         weight (B, M, 1): which of the set count in its mean, None: all; that of no values is 0.
         """
@@ -817,22 +819,16 @@ class LatentBlock(nn.Module):
             self.post_in, self.post_out)
         h = set_mlp(x.to(self.mod1.weight.dtype))
         weight = torch.ones_like(h[..., :1]) if weight is None else weight.to(h.dtype)
-        h = (h * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        h = (h * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
         mean, s = to_fp32(out_mlp(h)).chunk(2, -1)
         return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
-
-
-def repeat(samples: int, *tensors) -> list:
-    """The tensors with every row as often as there are samples of it; None stays None."""
-    if samples == 1:
-        return list(tensors)
-    return [None if v is None else v.repeat_interleave(samples, 0) for v in tensors]
 
 
 class VNP(nn.Module):
     """Bottleneck encoder and hierarchical latent modulated decoder ([2] Sec. 3).
 
     eps (L, B, 1, Z) is the unit Gaussian noise of the latents; None: zeros, the prior's mean.
+    With eps (L, S, B, 1, Z) all that depends on it, such as predictions (S, B, M, C), has S samples.
     """
 
     def __init__(self, cfg: ModelConfig, signal=None):
@@ -864,27 +860,22 @@ class VNP(nn.Module):
             code |= {f"pool_{k}": v for k, v in query.items()} | {"pool_weight": weight}
         return code
 
-    def latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
+    def latents(self, code: dict, query: dict, eps=None, target=None) -> tuple[Tensor, Tensor]:
         """Draw the L latents once: z (L, B, 1, Z), and the KL divergence summed over them, (B,).
 
         From the prior, with KL 0, or from the posterior where `target` values (B, M, C) are given.
         """
-        return self.infer_latents(code, query, eps, target, samples)[:2]
+        return self.infer_latents(code, query, eps, target)[:2]
 
-    def decode(self, code: dict, query: dict, eps=None, z=None, samples: int = 1) -> Prediction:
-        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives.
+    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
+        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives."""
+        return self.signal.to_prediction(*self.raw_field(code, query, eps, z))
 
-        samples S > 1: eps and z are (L, B S, 1, Z), and the values (B S, M, C).
-        """
-        return self.signal.to_prediction(*self.raw_field(code, query, eps, z, samples))
-
-    def raw_field(self, code: dict, query: dict, eps=None, z=None, samples: int = 1):
+    def raw_field(self, code: dict, query: dict, eps=None, z=None):
         """Raw values (B, K, C) at the query's points, the points (B, K, .), z_vals or None."""
-        if z is None:
-            z, _ = self.latents(code, query, eps, samples=samples)
+        z = self.latents(code, query, eps)[0] if z is None else z
         points, z_vals = self.signal.points(query)
-        f, e = repeat(samples, *self.features(code["tokens"], points))
-        points, z_vals = repeat(samples, points, z_vals)
+        f, e = self.features(code["tokens"], points)
         for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
         return self.head(f), points, z_vals
@@ -909,7 +900,7 @@ class VNP(nn.Module):
         """What the cross-attention starts from, (B, K, D): zeros."""
         return torch.zeros_like(e)
 
-    def infer_latents(self, code: dict, query: dict, eps=None, target=None, samples: int = 1):
+    def infer_latents(self, code: dict, query: dict, eps=None, target=None):
         """Go through the blocks and draw each latent: z, KL, features, points and z_vals.
 
         The prior is averaged over the set in the code, or else over the query; the posterior over
@@ -924,19 +915,18 @@ class VNP(nn.Module):
         if target is not None or not pool:
             sets.append(self.signal.points(query))
         points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in sets], 1)
-        f, e, weight = repeat(samples, *self.features(tokens, points), weight)
-        sizes, sets = [p.shape[1] for p, _ in sets], [repeat(samples, *pair) for pair in sets]
+        sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(tokens, points)
         zs, kl = [], torch.zeros(len(f), device=f.device)
         for i, block in enumerate(self.blocks):
             values = [self.signal.to_prediction(raw, *points_and_z_vals).mean for
-                      raw, points_and_z_vals in zip(block.value(f).split(sizes, 1), sets)]
+                      raw, points_and_z_vals in zip(block.value(f).split(sizes, -2), sets)]
             latent = prior = block.distribution(values[0], weight=weight)
             if target is not None:
                 latent = block.distribution(values[-1], target, seen)
                 kl = kl + kl_divergence(latent, prior)
             zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
             f = block(f, e, zs[-1])
-        return torch.stack(zs), kl, f.split(sizes, 1)[-1], *sets[-1]
+        return torch.stack(zs), kl, f.split(sizes, -2)[-1], *sets[-1]
 
 
 # ------------------------------------------------------------------------- beyond the papers

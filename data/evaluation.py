@@ -175,26 +175,25 @@ def evaluate(model, cases, tto: int = 0) -> dict:
     return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
 
 
-def mixture(prediction: Prediction, batch: int) -> Prediction:
-    """Mean and std over latent samples, (B S, M, C) -> (B, M, C)."""
-    mean, std = (v.unflatten(0, (batch, -1)) for v in prediction)
-    return Prediction(mean.mean(1), (std.square().mean(1) + mean.var(1, correction=0)).sqrt())
+def mixture(prediction: Prediction) -> Prediction:
+    """Mean and std over latent samples, (S, B, M, C) -> (B, M, C)."""
+    mean, std = prediction
+    return Prediction(mean.mean(0), (std.square().mean(0) + mean.var(0, correction=0)).sqrt())
 
 
 def sample_curves(model, context: dict, x: Tensor, samples: int, gen) -> Prediction:
-    """Predictions at x (B, M, 1), one a latent sample: (B S, M, D); S = 1 without latents."""
-    code = model.encode(context)
-    if model.cfg.model != "vnp":
-        return model.decode(code, {"x": x})
-    size = (model.cfg.n_blocks, len(x) * samples, 1, model.cfg.latent)
-    return model.decode(code, {"x": x}, torch.randn(size, generator=gen).to(x), samples=samples)
+    """Predictions at x (B, M, 1), one a latent sample: (S, B, M, D); S = 1 without latents."""
+    code, cfg = model.encode(context), model.cfg
+    if cfg.model != "vnp":
+        return Prediction(*(v[None] for v in model.decode(code, {"x": x})))
+    eps = torch.randn((cfg.n_blocks, samples, len(x), 1, cfg.latent), generator=gen)
+    return model.decode(code, {"x": x}, eps.to(x))
 
 
 def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
     """Log density of every value y (B, M, D) under the mixture of the latent samples."""
-    ll = log_likelihood(prediction, y.repeat_interleave(len(prediction.mean) // len(y), 0))
-    ll = ll.unflatten(0, (len(y), -1))  # (B, S, M, D)
-    return ll.logsumexp(1) - math.log(ll.shape[1])
+    ll = log_likelihood(prediction, y)  # (S, B, M, D)
+    return ll.logsumexp(0) - math.log(len(ll))
 
 
 def curve_cases(data, count: int, seed: int = 0):
@@ -237,7 +236,7 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     xs, ys, seen = (v.to(model.freqs) for v in (x, y, known))
     context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
     prediction = sample_curves(model, context, xs, samples, gen)
-    ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction, len(x))
+    ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction)
     inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
     scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
               "context_ll": masked_mean(ll[:, :n], seen[:, :n]),

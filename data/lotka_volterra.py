@@ -78,7 +78,7 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
         true = (y - mean) / scale
         ll = mixture_log_likelihood(draws, true) - scale.log()  # (B, N, 2)
         naive = Prediction(torch.zeros_like(true), torch.full_like(true, 0.5))
-        error = (mixture(draws, len(part)).mean - true).abs() * scale
+        error = (mixture(draws).mean - true).abs() * scale
         for name, values in (("ll", ll), ("constant_ll", log_likelihood(naive, true) - scale.log()),
                              ("mae", error)):
             rows.append((name, (values * target).sum((1, 2)) / target.sum((1, 2))))

@@ -75,8 +75,8 @@ def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction
     grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
     context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
     draws = sample_curves(model, context, grid, 32, generator(8))
-    band = Prediction(*(v[0] for v in mixture(draws, 1)))
-    return grid[0], band, draws.mean[:5] if len(draws.mean) > 1 else draws.mean[:0]
+    band = Prediction(*(v[0] for v in mixture(draws)))
+    return grid[0], band, draws.mean[:5, 0] if len(draws.mean) > 1 else draws.mean[:0, 0]
 
 
 def table_parts(model, table) -> list[tuple]:
