@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
 from data import commands, pictures  # noqa: E402
 from data.evaluation import write_json  # noqa: E402
+from data.rendering import write_pictures  # noqa: E402
 
 AXES = {  # what grows: (task, image_size or an argument of random_signals, the first point)
     "pixels decoded": ("image", "targets", 4096),
@@ -206,9 +207,8 @@ def inputs_command(stored):
         Path("runs").mkdir(exist_ok=True)
         write_json("runs/costs.json", table)
     panels = [panel(title, lines) for title, lines in table.items()]
-    file = Path(stored or "runs/costs.json").with_suffix(".png")
-    with tinyinr.atomic(file) as part:
-        pictures.write([pictures.image_grid([panels[:3], panels[3:]], gap=0)], part, "PNG")
+    write_pictures([pictures.image_grid([panels[:3], panels[3:]], gap=0)],
+                   Path(stored or "runs/costs.json").with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from torch import Tensor
 from data import curves, pictures, scenes
 from data.evaluation import encode_for, open_data, report, score, write_json
 from data.rendering import (attention_picture, read_context, render_curve, render_image,
-                            render_scene, sample_pictures, scene_context, tabulate_curve, turntable)
+                            render_scene, sample_pictures, scene_context, tabulate_curve, turntable,
+                            write_pictures)
 from data.runs import catch_signals, locked, processes, track, truncate_log
 from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, TrainConfig, atomic,
                      check_choice, choose_device, epoch_length, is_main_process, load,
@@ -238,9 +239,7 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     if device.name == "cuda":
         torch.set_float32_matmul_precision("highest")
     if is_main_process():
-        samples = sample_pictures(run.model, val_set)
-        with atomic(out / "samples.png") as part:
-            pictures.write([samples], part, "PNG")
+        write_pictures([sample_pictures(run.model, val_set)], out / "samples.png")
     count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
     scores = score(run.model, val_set, count=count, seed=1)
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
@@ -313,7 +312,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     cfg, code = model.cfg, {}
     check_options(cfg.task, tto=tto, pose=pose, columns=columns)
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
-    form = "" if numbers else pictures.picture_format(out, animated=cfg.task == "nvs")
+    if not numbers:  # a name that cannot be written is refused before the work
+        pictures.picture_format(out, animated=cfg.task == "nvs")
     if cfg.task == "gp":
         if not numbers and size < 96:
             raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
@@ -332,21 +332,17 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
         cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
         code = encode_for(model, scene_context(model, scene), tto)
         drawn = render_scene(model, code, *cameras, size)
-    if form == "folder":
-        pictures.write(drawn, out, form)
+    if numbers:
+        write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, out)
     else:
-        with atomic(out) as part:
-            if numbers:
-                write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, part, out)
-            else:
-                pictures.write(drawn, part, form)
+        write_pictures(drawn, out, animated=cfg.task == "nvs")
     click.echo(f"wrote {out}")
 
 
-def write_numbers(columns: dict, part: Path, out: str):
+def write_numbers(columns: dict, out: str):
     """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
-    with open(part, "wb") as f:
+    with atomic(out) as part, open(part, "wb") as f:
         if out.endswith(".npz"):
             np.savez(f, **columns)
         else:
@@ -377,8 +373,7 @@ def encode_command(ckpt, source, out, tto, views, device):
     codes = [encode_for(model, to_device(context_of(model, data, part.tolist()), device.name), tto)
              for part in track(batches, "encoding")]
     columns = {k: torch.cat([code[k] for code in codes]) for k in codes[0]}
-    with atomic(out) as part:
-        write_numbers({"names": data.names} | columns, part, out)
+    write_numbers({"names": data.names} | columns, out)
     click.echo(f"wrote {out}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
 
 
@@ -420,10 +415,10 @@ def info(ckpt):
 @click.option("-o", "--out", required=True, type=click.Path(), help="Picture to write.")
 def inspect(ckpt, image, out):
     """Draw what the weight tokens of each INR layer attend to, and the weights they generate."""
-    form, model = pictures.picture_format(out), load(ckpt)
+    pictures.picture_format(out)  # refused before the work
+    model = load(ckpt)
     if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
         raise ValueError(f"inspect takes a TransINR of images; {ckpt} is a {model.cfg.model} of "
                          f"{model.cfg.task}")
-    with atomic(out) as part:
-        pictures.write([attention_picture(model, read_context(model, image)[0])], part, form)
+    write_pictures([attention_picture(model, read_context(model, image)[0])], out)
     click.echo(f"wrote {out}")

@@ -13,8 +13,17 @@ from data import curves, images, pictures
 from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
                              scene_cases)
 from data.runs import track
-from tinyinr import (WINDOW, Prediction, camera_rays, draw_latents, generator, look_at, pixel_grid,
-                     predict, select_queries, to_device)
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, draw_latents, generator, look_at,
+                     pixel_grid, predict, select_queries, to_device)
+
+
+def write_pictures(drawn: list, out, animated: bool = False):
+    """Write a picture, or an animation or a folder of them, in the format that the name says."""
+    form = pictures.picture_format(out, animated)
+    if form == "folder":
+        return pictures.write(drawn, out, form)
+    with atomic(out) as part:
+        pictures.write(drawn, part, form)
 
 
 def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, Tensor]:

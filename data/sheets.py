@@ -76,8 +76,7 @@ def readme():
         model = tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt")
         data = None if name in ("image", "curves") else open_data(model.cfg, None, "test")
         picture = columns(model) if name == "image" else rendering.sample_pictures(model, data)
-        with tinyinr.atomic(ROOT / "data" / "readme" / f"{name}.png") as part:
-            pictures.write([picture], part, "PNG")
+        rendering.write_pictures([picture], ROOT / "data" / "readme" / f"{name}.png")
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -91,8 +90,7 @@ def main(out, figures):
         raise click.UsageError("give the folder to draw into, or --readme")
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "data" / "pretrained").glob("*.pt")):
-        with tinyinr.atomic(out / f"{path.stem}.png") as part:
-            pictures.write([sheet(tinyinr.load(path))], part, "PNG")
+        rendering.write_pictures([sheet(tinyinr.load(path))], out / f"{path.stem}.png")
         click.echo(f"wrote {out / path.stem}.png")
 
 
