@@ -1000,7 +1000,7 @@ def test_rays_are_drawn_without_replacement_and_shared_as_officially(given, coun
 
 
 def test_a_batch_of_curves_has_contexts_of_every_size():
-    """Its mask tells which points are context; none of the targets is among them."""
+    """Its mask tells which points are context; targets are the others' mean given these."""
     cfg, recipe = configs("gp", "vnp", batch_size=16, n_queries=24)
     counts = []
     for step in range(60):
@@ -1008,7 +1008,7 @@ def test_a_batch_of_curves_has_contexts_of_every_size():
             cfg, recipe, curves.sampler("rbf"), start=step))
         n = context["mask"].sum(1)
         assert context["x"].shape[1] == n.max() and query["x"].shape == target.shape == (16, 24, 1)
-        assert not (query["x"] == context["x"].mT).any()
+        assert not (query["x"] == context["x"].mT).any() and (query["var"] > 0).all()
         counts += n.tolist()
     shares = np.bincount(counts, minlength=47)[3:]
     assert shares.sum() == len(counts) and shares.min() > 0
@@ -1131,6 +1131,17 @@ def test_psnr_and_likelihood_by_hand():
     mean, std, y = rand(2, 5, 1), 0.1 + rand(2, 5, 1, seed=1), rand(2, 5, 1, seed=2)
     want = torch.distributions.Normal(mean, std).log_prob(y)
     close(tinyinr.log_likelihood(tinyinr.Prediction(mean, std), y), want)
+
+
+def test_a_target_of_a_known_variance_counts_as_values_drawn_from_it():
+    model, (context, query) = tiny("gp", "transinr"), signals("gp")
+    target, std = rand(3, 7, 1, seed=4), 0.1 + rand(3, 7, 1, seed=5)
+    loss, _ = tinyinr.objective(model, (context, query | {"var": std.square()}, target))
+    noise = torch.randn(2000, 3, 7, 1, generator=tinyinr.generator(1)) * std
+    values = torch.cat((target + noise, target - noise))
+    prediction = model.decode(model.encode(context), query)
+    assert float(loss) == pytest.approx(-float(tinyinr.log_likelihood(prediction, values).mean()),
+                                        rel=0.01)
 
 
 @pytest.mark.parametrize("masked", (False, True))
@@ -2700,7 +2711,23 @@ def test_the_generator_picks_one_of_all_kernels():
         pick = int(torch.randint(3, (), generator=gen))
         want = curves.draw_curves(curves.KERNELS[pick], 4000, 5, gen)
         assert want[1].var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
-        assert all(map(torch.equal, curves.sampler("all")(4000, 5, tinyinr.generator(seed)), want))
+        got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
+        assert all(map(torch.equal, got[:2], want[:2])) and got[2] is None
+
+
+@pytest.mark.parametrize("kernel", curves.KERNELS)
+def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
+    x, y, _, posterior = curves.sampler(kernel)(3, 12, tinyinr.generator(5))
+    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[2]
+    n = torch.tensor([[2], [5], [9]])
+    mean, var = posterior(torch.arange(12) < n)
+    for i, k in enumerate(n.flatten()):
+        want = curves.gp_posterior(kernel, x[i:][:1, :k], y[i:][:1, :k], x[i:][:1, k:],
+                                   [h[i:][:1] for h in hyper])
+        close(mean[i, k:], want[0][0], 1e-6)
+        close(var[i, k:].sqrt(), want[1][0], 1e-6)
+        close(mean[i, :k], y[i, :k], 1e-9)
+        assert (var[i, :k].abs() < 1e-12).all()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -2769,7 +2796,8 @@ def test_series_are_split_by_file_by_column_or_by_time(tmp_path, monkeypatch):
 
 def test_drawn_windows_are_standardised_neighbouring_points_in_random_order():
     data = curves.CurveSet(ROOT / "data" / "elnino.csv", "train", points=12)
-    x, y = data.draw(5, 12, tinyinr.generator(0))
+    x, y, mask = data.draw(5, 12, tinyinr.generator(0))
+    assert mask is None
     windows = data.y.unfold(0, 12, 1)[:, 0]  # (starts, 12)
     scaled = (windows - windows.mean(1, True)) / windows.std(1, correction=0, keepdim=True) / 2
     order = x.argsort(1)

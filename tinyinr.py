@@ -1162,7 +1162,9 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     """Loss of a batch (context, query, target), and its mean squared error (both scalars).
 
     Deterministic predictions: MSE ([1] Sec. 4). Gaussian: minus log-likelihood per value. VNP adds
-    kl_weight KL(q || p), per value too where Gaussian: the negative ELBO ([2] Eq. 5).
+    kl_weight KL(q || p), per value too where Gaussian: the negative ELBO ([2] Eq. 5). Where the
+    query has `var` (B, M, C), the target is the mean of values with this variance, and the
+    likelihood is its expectation over them: the same gradient on average, with less noise.
     """
     context, query, target = batch
     code, kl = model.encode(context), None
@@ -1174,7 +1176,11 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     count = target.numel() if mask is None else mask.sum().clamp(min=1)
     mean = lambda v: v.mean() if mask is None else (v * mask).sum() / count
     mse = mean((prediction.mean.float() - target).square())
-    loss = mse if prediction.std is None else -mean(log_likelihood(prediction, target))
+    if prediction.std is None:
+        loss = mse
+    else:
+        spread = query.get("var", 0.0) / prediction.std.float().square()
+        loss = -mean(log_likelihood(prediction, target) - 0.5 * spread)
     if kl is not None:
         loss = loss + kl_weight * kl.mean() / (
             1 if prediction.std is None else count / len(target))
@@ -1580,10 +1586,12 @@ def augment_scenes(images, poses, gens):
 def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", start=0):
     """Endless training batches (context, query, target) of curves from step `start` on.
 
-    draw(batch, points, generator) -> x (B, N, 1), y (B, N, D) of random curves, and a mask
-    (B, N, D) where values are missing. Every curve has 3 to 46 context points of its own, as a
-    mask says; n_queries 0: all have the same, and fewer than 50 points in all ([2], as TNP).
-    D > 1: up to WINDOW points in all, and half of the curves show one value at all points.
+    draw(batch, points, generator) -> x (B, N, 1), y (B, N, D) of random curves; a mask (B, N, D)
+    or None, where no value is missing; and where it is known, posterior(given (B, N)) -> mean and
+    variance (B, N, D) of every value, given some: then these are the targets. Every curve has 3 to
+    46 context points of its own, as a mask says; n_queries 0: all have the same, and fewer than 50
+    points in all ([2], as TNP). D > 1: up to WINDOW points in all, and half of the curves show one
+    value at all points.
     """
     mine, size, d = rank_slice(recipe.batch_size), recipe.batch_size, cfg.n_values
     most = 46 if d == 1 else WINDOW - (recipe.n_queries or 3)
@@ -1595,17 +1603,21 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
             n = int(counts[0])
             m = int(torch.randint(3, most + 4 - n, (), generator=gen)) if n < most else 3
             counts[:] = n
-        x, y, *mask = (v[mine].float() for v in draw(size, n + m, gen))
-        context, query = {"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}
+        x, y, mask, posterior = (*draw(size, n + m, gen), None, None)[:4]
+        x, y, mask = (None if v is None else v[mine].float() for v in (x, y, mask))
+        context, query, target = {"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]
+        if posterior:
+            target, query["var"] = (v[mine, n:].float() for v in
+                                    posterior(torch.arange(n + m) < counts))
         if recipe.n_queries:
             context["mask"] = (torch.arange(n) < counts)[mine]
-        if mask or d > 1:
+        if mask is not None or d > 1:
             column = torch.randint(2 * d, (size, 1, 1), generator=gen)[mine] if d > 1 else d
-            seen = mask[0] if mask else torch.ones_like(y)  # (B, n + m, D)
+            seen = torch.ones_like(y) if mask is None else mask  # (B, n + m, D)
             given = seen * ((torch.arange(n + m) < counts)[mine].unsqueeze(-1)
                             | (torch.arange(d) == column))
             context, query["mask"] = {"x": x, "y": y, "mask": given}, (seen - given)[:, n:]
-        yield tuple(to_device(v, device) for v in (context, query, y[:, n:]))
+        yield tuple(to_device(v, device) for v in (context, query, target))
 
 
 BATCHES = {"image": image_batches, "nvs": scene_batches, "gp": curve_batches}

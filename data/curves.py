@@ -46,25 +46,41 @@ def _cholesky(kernel, x, hyper, noise):
     return torch.linalg.cholesky(covariance(kernel, x, x, *hyper) + noise**2 * eye)
 
 
+def _draw(kernel: str, batch: int, points: int, gen: torch.Generator, noise=NOISE):
+    """x (B, N, 1), the Cholesky factor of y's covariance, white noise and the hyperparameters."""
+    u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
+    hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
+    x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
+    white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    return x, _cholesky(kernel, x, hyper, noise), white, hyper
+
+
 def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, noise=NOISE):
     """GP samples: x in [-2, 2] and y, each (B, N, 1), and hyper = (length, scale, period).
 
     length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1); Gaussian noise.
     """
-    u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
-    hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
-    x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
-    white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
-    return x, _cholesky(kernel, x, hyper, noise) @ white, hyper
+    x, factor, white, hyper = _draw(kernel, batch, points, gen, noise)
+    return x, factor @ white, hyper
 
 
 def sampler(kernel: str) -> Callable:
-    """draw(batch, points, gen) -> x, y (B, points, 1); kernel "all": the generator picks one."""
+    """draw(batch, points, gen) -> x, y (B, points, 1), None (no mask), posterior.
+
+    posterior(given (B, points)) -> mean and variance (B, points, 1) of every y given the first so
+    many of a curve, for the kernel that drew it. kernel "all": the generator picks one.
+    """
     kernels = KERNELS if kernel == "all" else (kernel,)
 
-    def draw(batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(batch: int, points: int, gen: torch.Generator) -> tuple:
         pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
-        return draw_curves(kernels[pick], batch, points, gen)[:2]
+        x, factor, white, _ = _draw(kernels[pick], batch, points, gen)
+
+        def posterior(given: Tensor) -> tuple[Tensor, Tensor]:
+            given = given.unsqueeze(-1).to(white)  # y = factor @ white: these fix their white noise
+            return factor @ (given * white), factor.square() @ (1 - given)
+
+        return x, factor @ white, None, posterior
 
     return draw
 
@@ -358,11 +374,11 @@ class CurveSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def draw(self, batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, batch: int, points: int, gen: torch.Generator) -> tuple:
         """Random points of random windows in random order: x (B, points, 1), y (B, points, D).
 
-        Where a value is missing also mask (B, points, D): a shorter curve leaves random places
-        empty. Of several values half of the curves come in the order of x, to learn to forecast.
+        And a mask (B, points, D), or None where no value is missing: a shorter curve leaves random
+        places empty. Of several values half of the curves come in the order of x, to learn to forecast.
         """
         pick = torch.randint(len(self), (batch, 1), generator=gen)
         length = self.counts[pick].clamp(max=max(points, self.window))  # (B, 1)
@@ -379,7 +395,7 @@ class CurveSet:
             key = torch.where(in_time & inside, place / length, key).gather(1, order)
             order = order.gather(1, key.argsort(1))
         x, y, mask = (v.take_along_dim(order.unsqueeze(-1), 1) for v in (x, y, mask))
-        return (x, y) if mask.all() else (x, y, mask)
+        return x, y, None if mask.all() else mask
 
     def windows(self, batch: int = 16, repeats: int = 10) -> Iterator:
         """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""
