@@ -1133,6 +1133,21 @@ def test_psnr_and_likelihood_by_hand():
     close(tinyinr.log_likelihood(tinyinr.Prediction(mean, std), y), want)
 
 
+@pytest.mark.parametrize("grid", (0, 8))
+def test_the_likelihood_of_images_is_gaussian_in_the_paper_and_laplace_with_a_grid(grid):
+    """And weighted there by the std, without a gradient through the weight."""
+    signal = tiny("image", "vnp", grid).signal
+    target, std = rand(2, 5, 3), (0.1 + rand(2, 5, 3, seed=1))
+    with torch.enable_grad():
+        got = signal.error(tinyinr.Prediction(rand(2, 5, 3, seed=2), std.requires_grad_()), target)
+        slope, = torch.autograd.grad(got.sum(), std)
+        kind = torch.distributions.Laplace if grid else torch.distributions.Normal
+        nll = -kind(rand(2, 5, 3, seed=2), std / math.sqrt(2) if grid else std).log_prob(target)
+        weight = std.detach() / 0.05 if grid else 1
+        close(got.detach(), (weight * nll).detach())
+        close(slope, weight * torch.autograd.grad(nll.sum(), std)[0], 1e-4)
+
+
 def test_a_target_of_a_known_variance_counts_as_values_drawn_from_it():
     model, (context, query) = tiny("gp", "transinr"), signals("gp")
     target, std = rand(3, 7, 1, seed=4), 0.1 + rand(3, 7, 1, seed=5)

@@ -492,6 +492,12 @@ class Prediction(NamedTuple):
     std: Tensor | None
 
 
+def log_likelihood(prediction: Prediction, target: Tensor) -> Tensor:
+    """Gaussian log density of every value, of the targets' shape, in fp32."""
+    mean, std = prediction.mean.float(), prediction.std.float()
+    return -0.5 * ((target - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
 class Signal:
     """What depends on the kind of signal: dimensions, tokenizer, query points, final values.
 
@@ -519,6 +525,15 @@ class Signal:
         """The field's raw values at the query's points -> values (B, M, C) and std."""
         mean, std = to_fp32(raw)[..., : self.value_dim], to_fp32(raw)[..., self.value_dim :]
         return Prediction(mean, self.min_std + F.softplus(std) if std.shape[-1] else None)
+
+    def error(self, prediction: Prediction, target: Tensor) -> Tensor:
+        """What training minimizes, of every value (B, M, C), in fp32.
+
+        Deterministic: its squared error ([1] Sec. 4); Gaussian: its negative log-likelihood.
+        """
+        if prediction.std is None:
+            return (prediction.mean.float() - target).square()
+        return -log_likelihood(prediction, target)
 
     def prior_set(self, context: dict):
         """Query and weight (B, M) of the set that a VNP's prior is averaged over."""
@@ -1029,7 +1044,20 @@ def patch_axis(cfg: ModelConfig, n: int) -> Tensor:
 
 
 class GridImage(Image):
-    """An image with a feature grid."""
+    """An image with a feature grid. A VNP's values are learned as Laplace distributed.
+
+    Errors of images have heavier tails than a Gaussian. Each value counts in proportion to its
+    std, else flat areas, where it is small, would dominate (beta-NLL, Seitzer et al., 2022).
+    """
+
+    min_std = 0.01
+
+    def error(self, prediction, target):
+        if prediction.std is None:
+            return super().error(prediction, target)
+        mean, std = prediction.mean.float(), prediction.std.float()
+        nll = math.sqrt(2) * (target - mean).abs() / std + (math.sqrt(2) * std).log()
+        return nll * std.detach() / 0.05  # at about this std the KL divergence has its full weight
 
     def axis(self, n: int) -> Tensor:
         """Places (n,) of n nodes, or of the tokens, along an axis."""
@@ -1152,17 +1180,11 @@ def psnr(prediction: Tensor, target: Tensor, clamp: bool = True) -> Tensor:
     return -10 * (prediction.float() - target.float()).square().mean((-2, -1)).log10()
 
 
-def log_likelihood(prediction: Prediction, target: Tensor) -> Tensor:
-    """Gaussian log density of every value, of the targets' shape, in fp32."""
-    mean, std = prediction.mean.float(), prediction.std.float()
-    return -0.5 * ((target - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-
-
 def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Loss of a batch (context, query, target), and its mean squared error (both scalars).
 
-    Deterministic predictions: MSE ([1] Sec. 4). Gaussian: minus log-likelihood per value. VNP adds
-    kl_weight KL(q || p), per value too where Gaussian: the negative ELBO ([2] Eq. 5). Where the
+    The signal's error per value. VNP adds kl_weight KL(q || p), per value too where it gives a std:
+    the negative ELBO ([2] Eq. 5), of which the error is minus the log-likelihood. Where the
     query has `var` (B, M, C), the target is the mean of values with this variance, and the
     likelihood is its expectation over them: the same gradient on average, with less noise.
     """
@@ -1176,11 +1198,9 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     count = target.numel() if mask is None else mask.sum().clamp(min=1)
     mean = lambda v: v.mean() if mask is None else (v * mask).sum() / count
     mse = mean((prediction.mean.float() - target).square())
-    if prediction.std is None:
-        loss = mse
-    else:
-        spread = query.get("var", 0.0) / prediction.std.float().square()
-        loss = -mean(log_likelihood(prediction, target) - 0.5 * spread)
+    loss = mean(model.signal.error(prediction, target))
+    if "var" in query:
+        loss = loss + 0.5 * mean(query["var"] / prediction.std.float().square())
     if kl is not None:
         loss = loss + kl_weight * kl.mean() / (
             1 if prediction.std is None else count / len(target))
@@ -1929,12 +1949,9 @@ def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int
         pick = pick.to(values.device)
         with torch.enable_grad():
             prediction = model.decode(code, select_queries(query, pick))
-            if prediction.std is None:
-                error = (prediction.mean - values[:, pick]).square().mean(-1)
-            else:
-                error = -log_likelihood(prediction, values[:, pick]).mean(-1)
-            error = (error * weight[:, pick]).mean(1)  # (B,): signals don't mix
-            grads = torch.autograd.grad(error.sum(), list(code.values()))
+            error = model.signal.error(prediction, values[:, pick]).mean(-1)  # (B, M)
+            error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
+            grads = torch.autograd.grad(error, list(code.values()))
         for v, g in zip(code.values(), grads):
             v.grad = g
         optimizer.step()
