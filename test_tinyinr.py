@@ -628,6 +628,13 @@ def test_a_place_in_space_starts_from_what_the_views_show_there():
     both = tokenizer(images, cameras, focals)
     each = [tokenizer(images[:, v], cameras[:, v], focals[:, v]) for v in ([0], [1])]
     close(both, sum(each) / 2)  # the mean over views
+    mirror = [p.clone() for p in tokenizer.mirror.parameters()]
+    for p in tokenizer.mirror.parameters():
+        p.zero_()
+    alone = tokenizer(images, cameras, focals) - tokenizer.voxel_pos
+    place = tokenizer.voxels * torch.tensor([-1.0, 1, 1])  # of a voxel's mirror image
+    other = torch.cdist(place, tokenizer.voxels).argmin(1)
+    close(both, tokenizer.voxel_pos + alone + F.linear(alone[:, other], *mirror), 1e-4)
     for p in (*tokenizer.proj.parameters(), *tokenizer.camera.parameters()):
         p.zero_()
     tokenizer.pos[:, :2] = tinyinr.pixel_grid(4, 4)

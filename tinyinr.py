@@ -1013,17 +1013,18 @@ class RelPosBlock(Block):
 class VoxelTokenizer(RayTokenizer):
     """Views -> a token for every voxel of a grid in space, (B, n^3, D): what the views show there.
 
-    Each is the sum of its learned position and, averaged over views, of the patch tokens
-    interpolated at its projection and a linear map of its place before the camera.
+    Averaged over views, the patch tokens interpolated at its projection and a linear map of its
+    place before the camera; to this are added a linear map of the same of the voxel's mirror image
+    at -x, as most objects are symmetric, and a learned position.
     """
 
     def __init__(self, cfg: ModelConfig, axis: Tensor, view_axis: Tensor):
         super().__init__(cfg.dim, cfg.patch, cfg.padding, cfg.image_size)
-        self.distance = (cfg.near + cfg.far) / 2  # of a camera, about
+        self.n, self.distance = len(axis), (cfg.near + cfg.far) / 2  # of a camera, about
         self.register_buffer("voxels", torch.cartesian_prod(axis, axis, axis), persistent=False)
         self.register_buffer("view_axis", view_axis, persistent=False)  # where patches lie
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
-        self.camera = nn.Linear(3, cfg.dim)
+        self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, images, poses, focals):  # (B, V, 3, H, W), (B, V, 3, 4), (B, V, 2)
         scaled = poses * poses.new_tensor([1, 1, 1, 1 / self.distance])  # inputs of like size
@@ -1034,7 +1035,9 @@ class VoxelTokenizer(RayTokenizer):
         half = 0.5 * x.new_tensor(images.shape[-2:]) / focals.flip(-1)  # tangents of half the view
         at = (at / half.unsqueeze(2)).flatten(0, 1)  # in (-1, 1) where the view shows it
         seen = interpolate(patches, at, self.view_axis).unflatten(0, x.shape[:2])
-        return (seen + self.camera(x.to(seen.dtype))).mean(1) + self.voxel_pos
+        tokens = (seen + self.camera(x.to(seen.dtype))).mean(1)  # (B, n^3, D)
+        mirrored = tokens.unflatten(1, (self.n, -1)).flip(1).flatten(1, 2)
+        return tokens + self.mirror(mirrored) + self.voxel_pos
 
 
 def patch_axis(cfg: ModelConfig, n: int) -> Tensor:
