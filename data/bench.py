@@ -104,7 +104,7 @@ def peak_memory(device: str) -> float:
 
 def bench_cell(cfg, recipe, name: str) -> dict:
     """Time of a training step and its share of the machine's peak, memory, encode and decode."""
-    device = tinyinr.choose_device(name)
+    device = tinyinr.choose_device(name, recipe.precision)
     run, batch = tinyinr.Run(cfg, recipe, device), random_batch(cfg, recipe, device.name)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run.update(batch, 0.5)  # the counter does not know every fused kernel of attention
