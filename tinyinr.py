@@ -510,7 +510,6 @@ class Signal:
     coord_dim, value_dim, field_dim = 2, 3, 3  # of coordinates, predictions, the field's values
     angle_scale, out_bias = 1.0, 0.0  # of the positional encoding; added to the INR's output
     last_layer = None  # the official name of the INR's last layer where it has one
-    radius = None  # of the sphere beyond which a scene is empty
     gaussian, min_std = True, 0.005  # whether the field also gives a std, and its floor
 
     def __init__(self, cfg: ModelConfig):
@@ -1074,8 +1073,6 @@ class GridScene(Scene):
     and color are scaled.
     """
 
-    radius = 1.0
-
     def axis(self, n):  # the interpolation ends where the sphere does
         return torch.linspace(-1, 1, n + 2)[1:-1]
 
@@ -1240,22 +1237,6 @@ def draw_latents(model, code: dict, query: dict) -> Tensor | None:
     return model.latents(code, subsample(query, 1024))[0] if model.cfg.model == "vnp" else None
 
 
-def skip_empty_rays(signal: Signal, query: dict):
-    """The query with one of the rays that miss a bounded scene, all alike, instead of all.
-
-    Returns it, and the place in it of every ray of the old one.
-    """
-    if "rays_o" not in query or not signal.radius:
-        return query, slice(None)
-    rays_o, rays_d = query["rays_o"], query["rays_d"]  # (B, R, 3)
-    nearest = torch.linalg.cross(rays_o, rays_d).norm(dim=-1) / rays_d.norm(dim=-1)
-    miss = (nearest > 1.001 * signal.radius).all(0)  # (R,)
-    keep = ~miss | (miss.cumsum(0) == 1)
-    place = keep.cumsum(0) - 1
-    place[miss] = place[miss][:1]
-    return select_queries(query, keep), place
-
-
 def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Prediction:
     """model.decode of any number of queries, in chunks of about `chunk` points, one z for all.
 
@@ -1266,10 +1247,9 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Predictio
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
-    query, place = skip_empty_rays(model.signal, query)
     parts = [model.decode(code, select_queries(query, slice(i, i + step)), z=z)
              for i in range(0, max(1, n_queries(query)), step)]
-    return Prediction(*(None if v[0] is None else torch.cat(v, 1)[:, place] for v in zip(*parts)))
+    return Prediction(*(None if v[0] is None else torch.cat(v, 1) for v in zip(*parts)))
 
 
 # ------------------------------------------------------------------------- checkpoints
