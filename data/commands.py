@@ -241,7 +241,7 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     if is_main_process():
         write_pictures([sample_pictures(run.model, val_set)], out / "samples.png")
     count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
-    scores = score(run.model, val_set, count=count, seed=1)
+    scores = score(run.model, val_set, count=count, split="val")
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
@@ -273,8 +273,7 @@ def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoo
         check_options(model.cfg.task, tto=tto, pairs=pairs, autoregressive=autoregressive,
                       zoom=zoom > 1)
         signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
-        seed = {"test": 0, "val": 1, "train": 2}[split]
-        scores = score(model, signals, tto, size, pairs, autoregressive, seed)
+        scores = score(model, signals, tto, size, pairs, autoregressive, split)
         report(scores)
         if json_file and is_main_process():
             write_json(json_file, scores)

@@ -286,7 +286,10 @@ LEGEND = {
 }
 
 
-def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
+SEEDS = {"test": 0, "val": 1, "train": 2}  # of sampled curves
+
+
+def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="test"):
     """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
 
     count: of images and scenes only the first so many, 0 all. pairs: random (context, target)
@@ -294,7 +297,7 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, seed=0):
     """
     task = model.cfg.task
     if task == "gp":
-        cases = curve_cases(data, count if data else count or 50, seed)
+        cases = curve_cases(data, count if data else count or 50, SEEDS[split])
         return evaluate_curves(model, track(cases, "scoring"), autoregressive)
     only = range(min(count or len(data), len(data)))
     if task == "image":

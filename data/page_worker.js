@@ -115,8 +115,7 @@ async function work({id, view, size, anew}) {
     await turn();
     if (id < latest && task != "gp") return;  // a curve is finished, so that it moves in a drag
     const {mean, std} = await decode(view, piece), ms = performance.now() - start;
-    const drawn = task == "gp" ? v => v?.data.filter((_, i) => i % config.n_values == 0) :
-      v => v?.data;
+    const drawn = v => v?.data.filter((_, i) => i % config.n_values == 0);  // of several the first
     postMessage({...piece, W, H, k, count, id, mean: drawn(mean), std: drawn(std), encode, ms});
   }
 }
