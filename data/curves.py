@@ -99,11 +99,11 @@ def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
 
 
 def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE) -> tuple[Tensor, Tensor]:
-    """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (B, M, 1)."""
+    """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (..., B, M, 1)."""
     factor = _cholesky(kernel, x, hyper, noise)
     a = torch.linalg.solve_triangular(factor, covariance(kernel, x, xt, *hyper), upper=False)
     b = torch.linalg.solve_triangular(factor, y, upper=False)
-    var = hyper[1].square() + noise**2 - a.square().sum(1, keepdim=True).mT
+    var = hyper[1].square() + noise**2 - a.square().sum(-2, keepdim=True).mT
     return a.mT @ b, var.clamp(min=1e-12).sqrt()
 
 
@@ -120,17 +120,19 @@ def joint_log_likelihood(kernel: str, x, y, xt, yt, hyper, noise=NOISE) -> Tenso
     return (both - log_density(kernel, x, y, hyper, noise)) / xt.shape[1]
 
 
-def fit_gp(x: Tensor, y: Tensor, noises: tuple = (NOISE,)):
-    """RBF hyperparameters and noise of the highest marginal likelihood on a grid.
+def averaged_gp(x, y, xt, noises: tuple = (NOISE,)) -> tuple[Tensor, Tensor]:
+    """Mean and std of y at xt (B, M, 1) given (x, y) (B, N, 1), of an RBF kernel that is unknown.
 
-    x, y (B, N, 1); returns (length, scale, None) and noise, each (B, 1, 1).
+    The exact posteriors of a grid of lengths, scales and noises, each with its evidence as weight.
     """
     lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
     grid = torch.cartesian_prod(lengths, scales, torch.tensor(noises)).to(x)  # (G, 3)
     length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
     evidence = log_density("rbf", x, y, (length, scale, None), noise)  # (G, B)
-    length, scale, noise = grid[evidence.argmax(0), :, None, None].unbind(1)  # (B, 1, 1)
-    return (length, scale, None), noise
+    mean, std = gp_posterior("rbf", x, y, xt, (length, scale, None), noise)  # (G, B, M, 1)
+    average = lambda v: (evidence.softmax(0)[..., None, None] * v).sum(0)
+    m = average(mean)
+    return m, average(std.square() + (mean - m).square()).sqrt()
 
 
 # ------------------------------------------------------------------------- tables of numbers
