@@ -1791,7 +1791,10 @@ def export_one(folder, name):
     """One of EXPORTS, in a process of its own: what it printed."""
     source, options = EXPORTS[name]
     if isinstance(source, dict):
-        tinyinr.save(tiny(**source), folder / f"{name}.pt")
+        model = tiny(**source)
+        if (source["task"], source["model"]) == ("nvs", "vnp"):  # so that it is not all but empty
+            model.head[-1].bias.data[3] += 0.3
+        tinyinr.save(model, folder / f"{name}.pt")
     else:
         shutil.copy(source, folder / f"{name}.pt")
     return name, run_export(folder / f"{name}.pt", *options)
