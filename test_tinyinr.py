@@ -1762,6 +1762,25 @@ def test_a_stored_model_has_the_score_that_is_written_beside_it(path):
         assert {k: scores[label][k] for k in row} == pytest.approx(row, abs=0.01), label
 
 
+def test_the_tables_of_the_readme_are_whole_and_hold_the_stored_scores():
+    """Rows as wide as their head, and the numbers of every label in a row of their model's."""
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
+    tables = [[[re.sub(r" ± .*", "", cell).strip() for cell in line.split("|")[1:-1]]
+               for line in table.splitlines()] for table in tables]
+    assert all(len(row) == len(table[0]) for table in tables for row in table)
+    rows = sum(tables, [])
+    for path in (ROOT / "data" / "pretrained").glob("nvs-*.json"):
+        scores = json.loads(path.read_text())["scores"]
+        labels = ("chairs", "lamps", "cars", "furniture", "all")
+        name = {"nvs-transinr": "TransINR", "nvs-vnp": "VNP"}[path.stem]
+        assert [name, *(f"{scores[label]['psnr']:.2f}" for label in labels)] in rows
+    images = [json.loads((ROOT / f"data/pretrained/image-{name}.json").read_text())["scores"]
+              for name in MODELS]
+    for label, (kind, size) in product(("emoji", "photos"), (("psnr", 64), ("large", 256))):
+        want = [f"{label}, {size} x {size}", *(f"{s[label][kind]:.2f}" for s in images)]
+        assert want in [row[:3] for row in rows]
+
+
 # ------------------------------------------------------------------------- export
 
 
@@ -2725,7 +2744,8 @@ def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
         logs, moments = [], []
         axis = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10), (0.02, 0.1)
         for length, scale, noise in product(*axis):
-            k = scale**2 * torch.exp(-((x[b] - x[b].T) / length) ** 2 / 2) + noise**2 * torch.eye(15)
+            k = scale**2 * torch.exp(-(((x[b] - x[b].T) / length) ** 2) / 2)
+            k = k + noise**2 * torch.eye(15)
             normal = torch.distributions.MultivariateNormal(torch.zeros(9).double(), k[:9, :9])
             logs.append(normal.log_prob(y[b, :9, 0]))
             gain = torch.linalg.solve(k[:9, :9], k[:9, 9:]).T
@@ -2753,8 +2773,9 @@ def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
     n = torch.tensor([[2], [5], [9]])
     mean, var = posterior(torch.arange(12) < n)
     for i, k in enumerate(n.flatten()):
-        want = curves.gp_posterior(kernel, x[i:][:1, :k], y[i:][:1, :k], x[i:][:1, k:],
-                                   [h[i:][:1] for h in hyper])
+        one = slice(i, i + 1)
+        want = curves.gp_posterior(kernel, x[one, :k], y[one, :k], x[one, k:],
+                                   [h[one] for h in hyper])
         close(mean[i, k:], want[0][0], 1e-6)
         close(var[i, k:].sqrt(), want[1][0], 1e-6)
         close(mean[i, :k], y[i, :k], 1e-9)

@@ -842,7 +842,7 @@ class VNP(nn.Module):
     """Bottleneck encoder and hierarchical latent modulated decoder ([2] Sec. 3).
 
     eps (L, B, 1, Z) is the unit Gaussian noise of the latents; None: zeros, the prior's mean.
-    With eps (L, S, B, 1, Z) all that depends on it, such as predictions (S, B, M, C), has S samples.
+    With eps (L, S, B, 1, Z) what depends on it has S samples, such as predictions (S, B, M, C).
     """
 
     def __init__(self, cfg: ModelConfig, signal=None):
@@ -1185,7 +1185,7 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
 
     The signal's error per value. VNP adds kl_weight KL(q || p), per value too where it gives a std:
     the negative ELBO ([2] Eq. 5), of which the error is minus the log-likelihood. Where the
-    query has `var` (B, M, C), the target is the mean of values with this variance, and the
+    query has `var` (B, M, C), the target is the mean of values with this variance, and the Gaussian
     likelihood is its expectation over them: the same gradient on average, with less noise.
     """
     context, query, target = batch

@@ -46,21 +46,21 @@ def _cholesky(kernel, x, hyper, noise):
     return torch.linalg.cholesky(covariance(kernel, x, x, *hyper) + noise**2 * eye)
 
 
-def _draw(kernel: str, batch: int, points: int, gen: torch.Generator, noise=NOISE):
+def _draw(kernel: str, batch: int, points: int, gen: torch.Generator):
     """x (B, N, 1), the Cholesky factor of y's covariance, white noise and the hyperparameters."""
     u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
     hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
     x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
     white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
-    return x, _cholesky(kernel, x, hyper, noise), white, hyper
+    return x, _cholesky(kernel, x, hyper, NOISE), white, hyper
 
 
-def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, noise=NOISE):
+def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator):
     """GP samples: x in [-2, 2] and y, each (B, N, 1), and hyper = (length, scale, period).
 
     length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1); Gaussian noise.
     """
-    x, factor, white, hyper = _draw(kernel, batch, points, gen, noise)
+    x, factor, white, hyper = _draw(kernel, batch, points, gen)
     return x, factor @ white, hyper
 
 
@@ -130,9 +130,9 @@ def averaged_gp(x, y, xt, noises: tuple = (NOISE,)) -> tuple[Tensor, Tensor]:
     length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
     evidence = log_density("rbf", x, y, (length, scale, None), noise)  # (G, B)
     mean, std = gp_posterior("rbf", x, y, xt, (length, scale, None), noise)  # (G, B, M, 1)
-    average = lambda v: (evidence.softmax(0)[..., None, None] * v).sum(0)
-    m = average(mean)
-    return m, average(std.square() + (mean - m).square()).sqrt()
+    weight = evidence.softmax(0)[..., None, None]
+    average = (weight * mean).sum(0)
+    return average, (weight * (std.square() + (mean - average).square())).sum(0).sqrt()
 
 
 # ------------------------------------------------------------------------- tables of numbers
@@ -380,7 +380,8 @@ class CurveSet:
         """Random points of random windows in random order: x (B, points, 1), y (B, points, D).
 
         And a mask (B, points, D), or None where no value is missing: a shorter curve leaves random
-        places empty. Of several values half of the curves come in the order of x, to learn to forecast.
+        places empty. Of several values half of the curves come in the order of x, to learn to
+        forecast.
         """
         pick = torch.randint(len(self), (batch, 1), generator=gen)
         length = self.counts[pick].clamp(max=max(points, self.window))  # (B, 1)

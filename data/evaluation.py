@@ -292,7 +292,7 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="tes
     """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
 
     count: of images and scenes only the first so many, 0 all. pairs: random (context, target)
-    views of every scene.
+    views of every scene. split: which curves to sample, where `data` is None.
     """
     task = model.cfg.task
     if task == "gp":
