@@ -1013,7 +1013,7 @@ def test_a_batch_of_curves_has_contexts_of_every_size():
     for step in range(60):
         context, query, target = next(tinyinr.curve_batches(
             cfg, recipe, curves.sampler("rbf"), start=step))
-        n = context["mask"].sum(1)
+        n = context["mask"].sum((1, 2)).int()
         assert context["x"].shape[1] == n.max() and query["x"].shape == target.shape == (16, 24, 1)
         assert not (query["x"] == context["x"].mT).any() and (query["var"] > 0).all()
         counts += n.tolist()

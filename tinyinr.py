@@ -1607,19 +1607,19 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
             m = int(torch.randint(3, most + 4 - n, (), generator=gen)) if n < most else 3
             counts[:] = n
         x, y, mask, posterior = (*draw(size, n + m, gen), None, None)[:4]
-        x, y, mask = (None if v is None else v[mine].float() for v in (x, y, mask))
-        context, query, target = {"x": x[:, :n], "y": y[:, :n]}, {"x": x[:, n:]}, y[:, n:]
+        given = torch.arange(n + m) < counts  # (B, n + m)
+        known = torch.ones_like(y) if mask is None else mask  # (B, n + m, D)
+        shown = given.unsqueeze(-1)
+        if d > 1:
+            shown = shown | (torch.arange(d) == torch.randint(2 * d, (size, 1, 1), generator=gen))
+        target, var = posterior(given) if posterior else (y, None)
+        x, y, known, shown, target, var = (
+            None if v is None else v[mine].float() for v in (x, y, known, shown, target, var))
+        seen, end = known * shown, n + m if d > 1 else n  # of D = 1 the targets are never seen
+        context = {"x": x[:, :end], "y": y[:, :end], "mask": seen[:, :end]}
+        query, target = {"x": x[:, n:], "mask": (known - seen)[:, n:]}, target[:, n:]
         if posterior:
-            target, query["var"] = (v[mine, n:].float() for v in
-                                    posterior(torch.arange(n + m) < counts))
-        if recipe.n_queries:
-            context["mask"] = (torch.arange(n) < counts)[mine]
-        if mask is not None or d > 1:
-            column = torch.randint(2 * d, (size, 1, 1), generator=gen)[mine] if d > 1 else d
-            seen = torch.ones_like(y) if mask is None else mask  # (B, n + m, D)
-            given = seen * ((torch.arange(n + m) < counts)[mine].unsqueeze(-1)
-                            | (torch.arange(d) == column))
-            context, query["mask"] = {"x": x, "y": y, "mask": given}, (seen - given)[:, n:]
+            query["var"] = var[:, n:]
         yield tuple(to_device(v, device) for v in (context, query, target))
 
 
