@@ -125,16 +125,11 @@ def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
 
 def code_shapes(model: nn.Module, context: dict[str, tuple]) -> dict[str, tuple]:
     """Name -> shape of the code of such a context; its length is free where it depends on it."""
-    cfg, shapes = model.cfg, {}
-    free = {"image": (), "nvs": ("tokens", "pool"), "gp": ("pool",)}[cfg.task]
-    if cfg.grid:  # as many tokens as voxels; curves average the prior over fixed places
-        free = ("pool",) if cfg.task == "nvs" else ()
-    if not words(context) - {"batch"}:
-        free = ()
-    for name, value in model.encode(draw(cfg, context)).items():
-        word = name.partition("_")[0]
-        shapes[name] = ("batch", word if word in free else value.shape[1], *value.shape[2:])
-    return shapes
+    side = model.cfg.image_size
+    other = {"views": 5, "points": 7, "height": side, "width": 2 * side}
+    code, other = (model.encode(draw(model.cfg, context, **sizes)) for sizes in ({}, other))
+    return {k: ("batch", v.shape[1] if v.shape == other[k].shape else k.partition("_")[0],
+                *v.shape[2:]) for k, v in code.items()}
 
 
 def query_shapes(cfg: ModelConfig) -> dict[str, tuple]:
@@ -148,7 +143,7 @@ def query_shapes(cfg: ModelConfig) -> dict[str, tuple]:
 
 def value_shapes(signal) -> dict[str, tuple]:
     """Name -> shape of what comes out of a decoder."""
-    names = ("mean", "std") if signal.gaussian else ("mean",)
+    names = ("mean", "std") if signal.has_std else ("mean",)
     return dict.fromkeys(names, ("batch", "queries", signal.value_dim))
 
 
@@ -417,8 +412,10 @@ def export_all(folder: Path, out: str | None, options: dict):
 def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) -> dict:
     """Export a checkpoint to files that begin with `stem`; returns what STEM.json holds."""
     tinyinr.check_choice("opset", opset, ("18", "20"))
-    if page and (fused or "queries" in static):
-        raise ValueError("--page decodes pieces of any size: leave out --fused and static queries")
+    if page and (fused or static.removeprefix("batch=1")):
+        raise ValueError("--page needs free dimensions: leave out --fused and --static")
+    if ort and not page:
+        raise ValueError("--ort is for --page; give both or none")
     model = tinyinr.load(ckpt).requires_grad_(False)
     cfg, sidecar = model.cfg, stem.with_name(stem.name + ".json")
     static = read_static(static, model)

@@ -7,6 +7,7 @@ python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
 
 import ast
 import base64
+import csv
 import ctypes
 import functools
 import gc
@@ -486,8 +487,8 @@ def test_batched_inr_equals_linear_layers_signal_by_signal(task, grid):
 def test_generated_columns_share_tokens_by_group_and_have_unit_norm():
     """Column c is normalize(W[:, c] x_{c mod g}): written out by hand."""
     model = tiny("image", "transinr", grid=0)
-    tokens = rand(2, sum(model.n_tokens), 32)  # of layers 0, 1 and 2
-    assert model.n_tokens == [8, 8, 3]
+    tokens = rand(2, sum(model.tokens_per_layer), 32)  # of layers 0, 1 and 2
+    assert model.tokens_per_layer == [8, 8, 3]
     x = model.weight_heads["wb1"](tokens[:, 8:16])  # (B, g, in)
     wb = model.generate_layers(tokens)["wb1"]
     for c in (0, 7, 8, 31):
@@ -501,7 +502,7 @@ def test_a_grid_model_starts_from_the_base_weights():
     wb = model.encode(context)["wb1"][:, :-1]
     base = F.normalize(model.base["wb1"][:-1], dim=0)
     assert 0 < (wb - base).abs().max() < 0.2
-    shift = model.attend(context)[0] - model.tokenizer(context["image"])
+    shift = model.transform(context)[0] - model.tokenizer(context["image"])
     close(shift, shift[:1, :1].expand_as(shift))  # blocks: the identity and a constant
 
 
@@ -722,8 +723,13 @@ def test_other_precisions_agree_with_float32(task, name, grid):
     assert exact.dtype == torch.float64
     close(single.mean.double(), exact, 1e-4)
     for dtype in (torch.float16, torch.bfloat16):
-        got = tiny(task, name, grid).to(dtype)(context, query).mean
-        assert (got - single.mean).abs().mean() < 0.1 and got.isfinite().all()
+        short = {k: v.to(dtype) for k, v in context.items()}
+        for given in (context, short):
+            got = tiny(task, name, grid).to(dtype)(given, query).mean
+            assert (got - single.mean).abs().mean() < 0.1 and got.isfinite().all()
+    meta = lambda x: {k: v.to("meta") for k, v in x.items()}
+    shape = tiny(task, name, grid).to("meta")(meta(context), meta(query)).mean.shape
+    assert shape == single.mean.shape
 
 
 # ------------------------------------------------------------------------- official checkpoints
@@ -868,7 +874,7 @@ def test_dependencies_point_upward():
 
 
 def test_an_official_prior_averages_seeded_random_rays():
-    query = {"rays_o": torch.arange(4096.0).view(1, -1, 1).expand(1, -1, 3), "near": torch.ones(1)}
+    query = {"near": 1.0, "rays_o": torch.arange(4096.0).view(1, -1, 1).expand(1, -1, 3)}
     picked = tinyinr.subsample(query, 1024)["rays_o"][0, :, 0]
     assert len(picked.unique()) == 1024 and len((picked % 64).unique()) == 64  # every column
     assert torch.equal(picked, tinyinr.subsample(query, 1024)["rays_o"][0, :, 0])
@@ -927,7 +933,7 @@ def test_a_training_batch_holds_the_pixels_at_its_coordinates(zoom, tmp_path):
         coords = query["coords"][:, part].flip(-1).expand(2, -1, -1)[:, None]  # (x, y)
         want = F.grid_sample(source.float() / 255, coords, "nearest", align_corners=False)
         close(want[:, :, 0].mT, target[:, part])
-    data.pixels = data.large = None
+    data.kept = None
     assert torch.equal(next(tinyinr.image_batches(cfg, recipe, data))[2], target)
 
 
@@ -1276,13 +1282,13 @@ def test_training_leaves_checkpoint_log_and_picture_and_resumes_by_its_folder(tr
 
 def test_validation_is_the_loss_and_psnr_of_held_out_batches(trained):
     _, data, out = trained
-    image = images.ImageSet(data, "val", 16).pixels.float() / 255
+    image = images.stack(images.ImageSet(data, "val", 16).kept)[0].float() / 255
     query, target = {"coords": tinyinr.pixel_grid(16, 16)[None]}, image.flatten(2).mT
     ckpt = torch.load(out / "ckpt.pt", weights_only=True)
     cfg, recipe = ModelConfig(**ckpt["config"]), TrainConfig(**ckpt["recipe"])
     training = tinyinr.Run(cfg, recipe, tinyinr.choose_device("cpu", "fp32"), ckpt)
     mse = (training.model({"image": image}, query).mean - target).square().mean()
-    got = training.validate([({"image": image}, query, target)])
+    got = [*training.validate([({"image": image}, query, target)]).values()]
     assert got == pytest.approx((float(mse), -10 * math.log10(mse)), rel=1e-5)
 
 
@@ -1590,11 +1596,11 @@ def test_codes_are_written_as_numbers_and_a_checkpoint_is_described(trained, tmp
 
 def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     tinyinr.save(model := tiny("gp", "vnp"), tmp_path / "c.pt")
-    (tmp_path / "t.csv").write_text("day;price\n10;100\n20;300\n30;200\n")
-    run("render", tmp_path / "c.pt", tmp_path / "t.csv", "-o", tmp_path / "p.csv")
-    header, *rows = (tmp_path / "p.csv").read_text().splitlines()
-    days, mean, std = np.array([row.split(",") for row in rows], float).T
-    assert header == "day,price mean,price std" and (std > 0).all()
+    (tmp_path / "t.csv").write_text("day;price, 円\n10;100\n20;300\n30;200\n", "utf-8")
+    run("render", tmp_path / "c.pt", tmp_path / "t.csv", "-o", tmp_path / "p.csv", "--size", 256)
+    header, *rows = csv.reader((tmp_path / "p.csv").read_text("utf-8").splitlines())
+    days, mean, std = np.array(rows, float).T
+    assert header == ["day", "price, 円 mean", "price, 円 std"] and (std > 0).all()
     np.testing.assert_allclose(days, np.linspace(10, 30, 256), rtol=1e-6)
     scale = 100 / math.sqrt(3 / 8)  # y has mean 0 and standard deviation 0.5
     x, y = (torch.tensor(v).view(1, 3, 1) for v in ([-2.0, 0, 2], [-100 / scale, 100 / scale, 0]))
@@ -1619,8 +1625,9 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
     row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
     grid = tinyinr.pixel_grid(32, 32)[None].expand(len(data), -1, -1)
-    mean = model.decode(model.encode({"image": data.pixels / 255}), {"coords": grid}).mean
-    values = tinyinr.psnr(mean, (data.large / 255).flatten(2).mT)
+    pixels, large = images.stack(data.kept)
+    mean = model.decode(model.encode({"image": pixels / 255}), {"coords": grid}).mean
+    values = tinyinr.psnr(mean, (large / 255).flatten(2).mT)
     assert row["large"] == pytest.approx(float(values.mean()), abs=1e-3)
     assert row["large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
@@ -1659,13 +1666,15 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
     args, data, out = trained
     ckpt, photo, whole = out / "ckpt.pt", data / "p0.png", (out / "ckpt.pt").read_bytes()
     Path("bad.png").write_bytes(b"no picture")
+    Path("noted").mkdir()
+    Path("noted/log.jsonl").write_text("mine\n")
     trap = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})
     torch.save({"model": trap()}, "trap.pt")
     for name, change in (("bad", dict(optimizers=7)), ("worse", dict(config=[1])),
                          ("old", dict(format=1))):
         Path(name).mkdir()
         torch.save(torch.load(ckpt, weights_only=True) | change, f"{name}/ckpt.pt")
-    before = sorted(tmp_path.rglob("*"))
+    before, picture_bytes = sorted(tmp_path.rglob("*")), photo.read_bytes()
     train = lambda *more: (*args, "--out", "o", *more)
     resume = lambda folder, *more: ("train", "--resume", "--out", folder, *more)
     render = lambda c, source, to="out.png": ("render", c, source, "-o", to)
@@ -1675,6 +1684,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
             (train("--data", "none"), "no such folder or zip"),
             (train("--data", ""), "--data is empty"), (train("--data", "old"), "no pictures"),
             (train("--steps", 1, "--minutes", 1), "exclude each other"),
+            (resume(out, "--overwrite"), "exclude each other"),
+            (train("--set", "random_crop=True", "--set", "zoom=2"), "crop"),
             (("train", "--set", "minutes=0", "--set", "steps=0"), "give one of them"),
             (train("--set", "batch_size=7", "--set", "grad_accum_steps=3"),
              "batch_size=7 must be a multiple of processes x grad_accum_steps = 3; try 9"),
@@ -1683,7 +1694,15 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
             (resume(out, "--seed", 5), "is of a run with seed=0, not 5"),
             (resume(out, "--data", tmp_path), "is of a run with data="),
             (resume("bad", "--steps", 9), "cannot be resumed"),
-            (resume("old"), "an earlier layout"), ((*args, "--out", out), "holds a run already"),
+            (resume("old"), "an earlier layout"), ((*args, "--out", out), "holds a ckpt.pt"),
+            ((*args, "--smoke", "--out", out), "holds a ckpt.pt"),
+            ((*args, "--out", "noted"), "holds a ckpt.pt or log.jsonl"),
+            (render(ckpt, photo, photo), "would replace an input"),
+            (render(ckpt, photo, "none/x.png"), "no folder none"),
+            (("encode", ckpt, data, "-o", "none/x.npz"), "no folder none"),
+            (("eval", ckpt, "--json", ckpt), "would replace an input"),
+            (("eval", ckpt, "--json", "old"), "old is a folder"),
+            (("inspect", ckpt, photo, "-o", photo), "would replace an input"),
             (render(ckpt, "bad.png"), "not a picture"), (render(ckpt, photo, "out.xyz"), ".png"),
             (render("none.pt", photo), "no such checkpoint"),
             (render("trap.pt", photo), "not a readable checkpoint"),
@@ -1695,6 +1714,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
         errors = [line for line in output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and words in errors[0], (words, output)
     assert sorted(tmp_path.rglob("*")) == before and ckpt.read_bytes() == whole
+    assert photo.read_bytes() == picture_bytes
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
@@ -2055,7 +2075,8 @@ def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
     ("--static rays=8", "dimension of --static='rays' is unknown; choose from batch"),
     ("--static batch=0", "--static batch=0 must be a whole number from 1 on"),
     ("--all .", "give one of CKPT, --all FOLDER and --serve FOLDER"),
-    ("--page --fused", "--page decodes pieces of any size: leave out --fused"),
+    ("--page --fused", "--page needs free dimensions: leave out --fused and --static"),
+    ("--page --static views=2", "--page needs free dimensions"), ("--ort .", "--ort is for --page"),
     ("-o scores", "scores.json: is there and no export wrote it")])
 def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, options, reason):
     monkeypatch.chdir(tmp_path)
@@ -2436,7 +2457,7 @@ def test_sets_hold_the_decoded_pictures_and_name_what_they_leave_out(tmp_path, c
     data, out = images.ImageSet(tmp_path, "train", 12, zoom=2), capsys.readouterr().out
     assert "left out: train/broken.png" in out and "1 of 10 pictures are unreadable" in out
     assert len(data) == 9 and data.source.startswith("train split of")
-    for name, *pixels, native in zip(data.names, data.pixels, data.large, data.native):
+    for name, pixels, native in zip(data.names, data.kept, data.native):
         file = (tmp_path / name).read_bytes()
         for got, size in zip(pixels, (12, 24)):
             assert (got.movedim(0, -1).numpy() == images.decode(file, size)).all()
@@ -2738,7 +2759,8 @@ def test_posterior_and_joint_likelihood_by_numpy(kernel, n, m, x0, y1, formula):
 
 def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
     """By a loop over the kernels of the grid, with densities of torch.distributions."""
-    x, y, _ = curves.draw_curves("rbf", 2, 15, tinyinr.generator(3))
+    x, factor, white, _ = curves.draw_curves("rbf", 2, 15, tinyinr.generator(3))
+    y = factor @ white
     mean, std = curves.averaged_gp(x[:, :9], y[:, :9], x[:, 9:], (0.02, 0.1))
     for b in range(2):
         logs, moments = [], []
@@ -2761,15 +2783,16 @@ def test_the_generator_picks_one_of_all_kernels():
         gen = tinyinr.generator(seed)
         pick = int(torch.randint(3, (), generator=gen))
         want = curves.draw_curves(curves.KERNELS[pick], 4000, 5, gen)
+        want = want[0], want[1] @ want[2]
         assert want[1].var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
         got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
-        assert all(map(torch.equal, got[:2], want[:2])) and got[2] is None
+        assert all(map(torch.equal, got[:2], want)) and got[2] is None
 
 
 @pytest.mark.parametrize("kernel", curves.KERNELS)
 def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
     x, y, _, posterior = curves.sampler(kernel)(3, 12, tinyinr.generator(5))
-    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[2]
+    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[3]
     n = torch.tensor([[2], [5], [9]])
     mean, var = posterior(torch.arange(12) < n)
     for i, k in enumerate(n.flatten()):
@@ -2891,6 +2914,18 @@ def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
     assert parts.mean().item() == pytest.approx(4.5, abs=0.5) and parts.std() > 0.5
 
 
+@pytest.mark.parametrize("count", (18, 40, 300))
+def test_a_lone_table_is_split_by_time_and_stored_codes_have_one_shape(count, tmp_path):
+    (tmp_path / "0.csv").write_text("x,y\n" + "".join(f"{i},{i % 7}\n" for i in range(count)))
+    parts = [curves.CurveSet(tmp_path / "0.csv", split).x for split in ("train", "val", "test")]
+    assert torch.cat(parts)[:, 0].tolist() == list(range(count)) and min(map(len, parts)) >= 6
+    (tmp_path / "1.csv").write_text("x,y\n" + "".join(f"{i},{i % 5}\n" for i in range(9)))
+    tinyinr.save(tiny("gp", "vnp", False), tmp_path / "c.pt")
+    run("encode", tmp_path / "c.pt", tmp_path, "-o", tmp_path / "codes.npz")
+    codes = np.load(tmp_path / "codes.npz")
+    assert codes["pool_weight"].sum(1).tolist() == [min(48, count), 9]
+
+
 def test_tasks_of_hares_and_lynxes_hide_what_they_say():
     years = curves.read_table(ROOT / "data" / "hares.csv", "all").x
     assert years[:, 0].tolist() == list(range(1845, 1936))
@@ -2933,7 +2968,7 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
             rows.append(bench.bench_cell(cfg, recipe, "cpu"))
     one, two, wide = (row["gflop"] * 1e9 for row in rows)
     assert two == pytest.approx(2 * one)
-    n_tokens = {"image": 16, "nvs": 27}[task] + sum(getattr(build(cfg), "n_tokens", ()))
+    n_tokens = {"image": 16, "nvs": 27}[task] + sum(getattr(build(cfg), "tokens_per_layer", ()))
     assert wide - two == pytest.approx(3 * 2 * cfg.depth * 2 * n_tokens * 8 * cfg.dim * 2)
     assert rows[1]["share"] == pytest.approx(two / 0.5 / (2 * 2048**3 / 0.5))
     assert (rows[1]["step_ms"], rows[1]["decode_per_s"], rows[1]["signals_per_s"]) == (500, 24, 4)

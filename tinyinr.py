@@ -24,6 +24,8 @@ gp     x (B, N, 1), y (B, N, D); mask (B, N) or (B, N, D)     x (B, M, 1)       
 Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centers in (-1, 1). Poses are
 camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. Masks,
 near, far and points_per_ray are optional. std has the shape of mean; None: deterministic model.
+In training a query may also have jitter (B, R, P or 1) of the points along rays, mask (B, M, D),
+1 = the target is known, and var (B, M, D), the variance of what the target is the mean of.
 """
 
 import contextlib
@@ -128,14 +130,15 @@ class ModelConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        for divisor, n in (("n_groups", "inr_width"), ("cross_heads", "dim")):
-            a, b = getattr(self, divisor), getattr(self, n)
-            if b % (min(a, b) if divisor == "n_groups" else a):
-                raise ValueError(f"{divisor}={a} must divide {n}={b}; try {math.gcd(a, b)}")
+        groups = min(self.n_groups, self.inr_width)
+        for name, a, of, b in (("n_groups", groups, "inr_width", self.inr_width),
+                               ("cross_heads", self.cross_heads, "dim", self.dim)):
+            if b % a:
+                raise ValueError(f"{name}={a} must divide {of}={b}; try {math.gcd(a, b)}")
         if not self.near < self.far:
             raise ValueError(f"near={self.near} must be below far={self.far}")
         padded = self.image_size + 2 * self.padding
-        if self.task == "nvs" and self.grid and padded < 2 * self.patch:  # they are interpolated
+        if self.task == "nvs" and self.grid and padded < 2 * self.patch:  # two patches an axis
             raise ValueError(f"patch={self.patch} must be at most half of the padded image_size="
                              f"{padded} where scenes have a grid")
         if self.side < 1:
@@ -202,7 +205,7 @@ class TrainConfig(Checked):
 
 IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
-             batch_size=8, target_views=8, balance=0.75, augment=True, out_bias=0.0)
+             batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
               n_queries=24, grad_clip=1.0)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
@@ -281,6 +284,7 @@ def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int, pixels=N
     pixels: both (..., H, W, 3); or only through `pixels` (..., N), counted by rows: (..., N, 3).
     A direction has depth 1 along the camera's axis and is not normalized: z_vals are depths.
     """
+    poses, focals = to_fp32(poses), to_fp32(focals)
     if pixels is None:
         row, col = (torch.arange(n, device=poses.device) for n in (height, width))
         row, poses, focals = row[:, None], poses.unsqueeze(-3), focals.unsqueeze(-2)
@@ -472,6 +476,7 @@ class SetTokenizer(nn.Module):
         zeroth, first = (w.flatten(1, 2) @ values for w in (weights, weights * offset))
         density, sums = zeroth.chunk(2, -1)  # (B, S G, D)
         means = torch.cat((sums, first), -1) / (density.repeat(1, 1, 3) + 1e-4)
+        # density, mean value, mean offset and first moment of the values, D numbers each
         out = torch.cat((density.log1p(), means), -1).unflatten(1, (len(self.scales), -1))
         return out.movedim(-1, 1).flatten(1, 2)
 
@@ -510,15 +515,16 @@ class Signal:
     coord_dim, value_dim, field_dim = 2, 3, 3  # of coordinates, predictions, the field's values
     angle_scale, out_bias = 1.0, 0.0  # of the positional encoding; added to the INR's output
     last_layer = None  # the official name of the INR's last layer where it has one
-    gaussian, min_std = True, 0.005  # whether the field also gives a std, and its floor
+    has_std, min_std = True, 0.005  # whether the field also gives a std, and its floor
+    pool_side = 8  # pixels along a side of an image or view that a VNP's prior is averaged over
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
 
     @property
     def out_dim(self) -> int:
-        """Channels of the field: its values, and their std where it is Gaussian."""
-        return self.field_dim * (2 if self.gaussian else 1)
+        """Channels of the field: its values, and their std where it has one."""
+        return self.field_dim * (2 if self.has_std else 1)
 
     def to_prediction(self, raw: Tensor, points: Tensor, z_vals: Tensor | None) -> Prediction:
         """The field's raw values at the query's points -> values (B, M, C) and std."""
@@ -536,7 +542,8 @@ class Signal:
 
     def prior_set(self, context: dict):
         """Query and weight (B, M) of the set that a VNP's prior is averaged over."""
-        query, _, weight = self.context_as_targets(context, self.pool_every)
+        every = max(1, self.cfg.image_size // self.pool_side)
+        query, _, weight = self.context_as_targets(context, every)
         return query, weight
 
 
@@ -546,8 +553,7 @@ class Image(Signal):
     angle_scale, min_std = math.pi, 0.05
 
     def __init__(self, cfg):
-        self.cfg, self.out_bias, self.gaussian = cfg, cfg.out_bias, cfg.model == "vnp"
-        self.pool_every = max(1, cfg.image_size // 8)
+        self.cfg, self.out_bias, self.has_std = cfg, cfg.out_bias, cfg.model == "vnp"
 
     def tokenizer(self):
         cfg = self.cfg
@@ -579,12 +585,8 @@ class Image(Signal):
 class Scene(Signal):
     """R^3 -> RGB and density, seen along rays by volume rendering."""
 
-    coord_dim, value_dim, field_dim, gaussian = 3, 3, 4, False
-    last_layer = "rgb_density_fc"
-
-    @property
-    def pool_every(self):
-        return max(1, self.cfg.image_size // 4)
+    coord_dim, value_dim, field_dim, has_std = 3, 3, 4, False
+    last_layer, pool_side = "rgb_density_fc", 4
 
     def tokenizer(self):
         return RayTokenizer(self.cfg.dim, self.cfg.patch, self.cfg.padding)
@@ -629,7 +631,7 @@ class Scene(Signal):
 class Curve(Signal):
     """R -> R^D with an uncertainty."""
 
-    coord_dim, pool_every = 1, 1
+    coord_dim = 1
 
     def __init__(self, cfg):
         self.cfg, self.value_dim, self.field_dim = cfg, cfg.n_values, cfg.n_values
@@ -679,8 +681,12 @@ def inr(code: dict[str, Tensor], x: Tensor, freqs=None, out_bias=None, h0=0.0) -
     code {layer: (B, in + 1, out)}, the bias in the last row, layers in order; x (B, M, C), or
     (1, M, C) shared by the batch. freqs (F,) and out_bias default to the papers': for C = 2
     frequencies up to 1024 and 0.5, else up to 256 and 0. h0 (B, M, width) is added to the first
-    layer's output. Returns raw values (B, M, out). Errors: ValueError where freqs do not fit.
+    layer's output. Returns raw values (B, M, out). Errors: ValueError where freqs do not fit, or
+    the code has a feature grid, which `model.decode` reads.
     """
+    if "grid" in code:
+        raise ValueError("this code has a feature grid, which an MLP does not read: use "
+                         "model.decode(code, query)")
     (first, *rest), image = code.values(), x.shape[-1] == 2
     n_inputs = first.shape[1] - 1
     if freqs is None:
@@ -712,9 +718,9 @@ class TransINR(nn.Module):
         names = [f"wb{i}" for i in range(cfg.inr_depth)]
         names[-1] = self.signal.last_layer or names[-1]
         self.shapes = dict(zip(names, zip(widths, widths[1:] + [self.signal.out_dim])))
-        self.n_tokens = [min(cfg.n_groups, out) for _, out in self.shapes.values()]
+        self.tokens_per_layer = [min(cfg.n_groups, out) for _, out in self.shapes.values()]
         self.tokenizer = self.signal.tokenizer()
-        self.weight_tokens = nn.Parameter(torch.randn(sum(self.n_tokens), cfg.dim))
+        self.weight_tokens = nn.Parameter(torch.randn(sum(self.tokens_per_layer), cfg.dim))
         self.transformer = nn.Sequential(*(
             Block(cfg.dim, cfg.n_heads, cfg.head_dim, cfg.ff_dim) for _ in range(cfg.depth)))
         self.weight_heads = nn.ModuleDict({name: weight_head(cfg.dim, n)
@@ -729,21 +735,21 @@ class TransINR(nn.Module):
         """Encode and decode in one call."""
         return self.decode(self.encode(context), query)
 
-    def attend(self, context: dict) -> tuple[Tensor, Tensor]:
+    def transform(self, context: dict) -> tuple[Tensor, Tensor]:
         """The Transformer's outputs at the data tokens and at the weight tokens, (B, ., D)."""
         data = self.tokenizer(*self.signal.inputs(context))  # (B, T, D)
         tokens = torch.cat((data, self.weight_tokens.expand(len(data), -1, -1)), 1)
-        return self.transformer(tokens).split([data.shape[1], sum(self.n_tokens)], 1)
+        return self.transformer(tokens).split([data.shape[1], sum(self.tokens_per_layer)], 1)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
         """Context -> the INR's weights {layer: (B, in + 1, out)}, the bias in the last row."""
-        return self.generate_layers(self.attend(context)[1])
+        return self.generate_layers(self.transform(context)[1])
 
     def generate_layers(self, weight_tokens: Tensor) -> dict[str, Tensor]:
         """Every layer from its g tokens: column c is normalize(W[:, c] x_{c mod g})."""
         code = {}
         for (name, (n, out)), tokens in zip(self.shapes.items(),
-                                            weight_tokens.split(self.n_tokens, 1)):
+                                            weight_tokens.split(self.tokens_per_layer, 1)):
             x = self.weight_heads[name](tokens).transpose(1, 2)  # (B, in, g)
             x = x.repeat(1, 1, -(-out // x.shape[2]))[..., :out]  # (B, in, out)
             base, bias = self.base[name].split([n, 1])
@@ -751,9 +757,10 @@ class TransINR(nn.Module):
             code[name] = torch.cat((w, bias.expand(len(w), -1, -1).to(w.dtype)), 1)
         return code
 
-    def field(self, code: dict, points: Tensor) -> Tensor:
+    def field(self, code: dict, points: Tensor, h0: Tensor | float = 0.0) -> Tensor:
         """The INR's raw values (B, K, C) at points (B, K, .)."""
-        return inr(code, points, self.freqs, self.signal.out_bias)
+        layers = {name: code[name] for name in self.shapes}
+        return inr(layers, points, self.freqs, self.signal.out_bias, h0)
 
     def raw_field(self, code: dict, query: dict, eps=None, z=None):
         """Raw values (B, K, C) at the query's points, the points (B, K, .), z_vals or None."""
@@ -954,7 +961,7 @@ def interpolation_weights(x: Tensor, axis: Tensor) -> Tensor:
     """Weights (..., n^C) of all nodes in the multilinear interpolation at points x (..., C)."""
     weight = F.relu(1 - (x.unsqueeze(-1) - axis).abs() / (axis[1] - axis[0]))  # (..., C, n)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
     out, *rest = weight.unbind(-2)
     for w in rest:
@@ -963,7 +970,7 @@ def interpolation_weights(x: Tensor, axis: Tensor) -> Tensor:
 
 
 def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
-    """Multilinear interpolation of nodes grid (B, n^C, D) at points x (B, K, C): (B, K, D).
+    """Multilinear interpolation of nodes grid (B, n^C, D) at points x (B or 1, K, C): (B, K, D).
 
     axis (n,): the nodes' places along every axis. Beyond the outermost nodes the values go on as
     at the border for one spacing, then they are 0. A small grid is a matrix product with the
@@ -1100,6 +1107,7 @@ class GridCurve(Curve):
     """A curve with a feature grid; a prior is averaged over every fourth token's place."""
 
     def axis(self, n):
+        # centers of the strided convolution, or of parts of them
         spacing = 2 * SET_RANGE / (SET_POINTS - 1) * SET_POINTS / n
         return torch.arange(n) * spacing - SET_RANGE
 
@@ -1132,15 +1140,13 @@ class GridTransINR(TransINR):
             nn.init.ones_(head[1].bias)
 
     def encode(self, context):
-        data, weight_tokens = self.attend(context)
+        data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
         grid = upsample(self.grid_head(data), self.cfg.side, self.factor, self.signal.coord_dim)
         return code | {"grid": grid.to(next(iter(code.values())).dtype)}
 
     def field(self, code, points):
-        layers = {name: code[name] for name in self.shapes}
-        h0 = interpolate(code["grid"], points, self.axis)
-        return inr(layers, points, self.freqs, self.signal.out_bias, h0)
+        return super().field(code, points, interpolate(code["grid"], points, self.axis))
 
 
 class GridVNP(VNP):
@@ -1212,7 +1218,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-PER_QUERY = ("coords", "x", "rays_o", "rays_d", "jitter")  # what a query has one row a target of
+PER_QUERY = ("coords", "x", "rays_o", "rays_d", "jitter")  # a query's entries of a row a target
 
 
 def n_queries(query: dict) -> int:
@@ -1227,7 +1233,7 @@ def select_queries(query: dict, index) -> dict:
 
 def subsample(query: dict, most: int) -> dict:
     """At most `most` seeded random targets of a query: what an official VNP's prior averages."""
-    n, device = n_queries(query), next(iter(query.values())).device
+    n, device = n_queries(query), next(v.device for k, v in query.items() if k in PER_QUERY)
     pick = torch.randperm(n, generator=generator(0, 12))[:most] if n > most else torch.arange(n)
     return select_queries(query, pick.to(device))
 
@@ -1306,11 +1312,6 @@ OFFICIAL_KEYS = (  # names in the official checkpoints, as patterns, and ours
     (r"merge_q", "post_in"), (r"latent_encoder_q", "post_out"),
     (r"mod_conv1\.activate", "mod1"), (r"mod_conv1\.conv", "mod1"), (r"mod_conv2", "mod2"),
 )
-OFFICIAL_DEFAULTS = {  # arguments that a config may leave to the official code
-    "hypo_mlp": dict(in_dim=2, out_dim=3, out_bias=0.0, depth=None, hidden_dim=None, use_pe=True,
-                     pe_dim=None, pe_sigma=1024.0),
-    "hypo_nerf": dict(depth=6, hidden_dim=256, use_pe=True, pe_dim=40, use_viewdirs=False),
-}
 
 
 def one_size(name: str, value) -> int:
@@ -1348,20 +1349,20 @@ def official_config(model: dict, run: dict) -> ModelConfig:
             cross_depth=cross["depth"], cross_heads=cross["n_head"], cross_ff=cross["ff_dim"],
             n_blocks=hier["depth"], hidden=hier["dim_hid"], latent=hier["dim_lat"],
             latent_pool="query", **sizes)
-    check_choice("hyponet", args["hyponet"]["name"], OFFICIAL_DEFAULTS)
     check_choice("hyponet", args["hyponet"]["name"], ("hypo_mlp" if image else "hypo_nerf",))
-    net = OFFICIAL_DEFAULTS[args["hyponet"]["name"]]
-    for name in args["hyponet"]["args"]:
+    layers = [v for k, v in sd.items() if k.startswith("base_params.")]  # (in + 1, out) each
+    net = dict(  # what a config may leave to the official code
+        depth=len(layers), hidden_dim=layers[0].shape[1], pe_dim=(len(layers[0]) - 1) // 2,
+        use_pe=True, in_dim=2, out_dim=3, out_bias=0.0, pe_sigma=1024.0) if image else dict(
+        depth=6, hidden_dim=256, pe_dim=40, use_pe=True, use_viewdirs=False)
+    for name, value in args["hyponet"]["args"].items():
         check_choice("argument of hyponet", name, net)
-    given, net = net, net | args["hyponet"]["args"]
-    for name in ("use_pe", "use_viewdirs", "in_dim", "out_dim"):
-        if net.get(name) != given.get(name):
-            raise ValueError(f"{name}={net[name]} cannot be expressed here, only {given[name]}")
-    layers = [v for k, v in sd.items() if k.startswith("base_params.")]
+        if name in ("use_pe", "use_viewdirs", "in_dim", "out_dim") and value != net[name]:
+            raise ValueError(f"{name}={value} cannot be expressed here, only {net[name]}")
+        net[name] = value
     return ModelConfig(
-        n_freqs=(net["pe_dim"] or (len(layers[0]) - 1) // 2) // 2, n_groups=args["n_groups"],
-        freq_top=net["pe_sigma"] if image else 256.0, inr_depth=net["depth"] or len(layers),
-        inr_width=net["hidden_dim"] or layers[0].shape[1], out_bias=net.get("out_bias", 0.0),
+        n_freqs=net["pe_dim"] // 2, freq_top=net.get("pe_sigma", 256.0), n_groups=args["n_groups"],
+        inr_depth=net["depth"], inr_width=net["hidden_dim"], out_bias=net.get("out_bias", 0.0),
         **sizes)
 
 
@@ -1826,12 +1827,12 @@ class Run:
         return sums
 
     @torch.no_grad()
-    def validate(self, held_out) -> list[float]:
+    def validate(self, held_out) -> dict[str, float]:
         """Loss and PSNR, means over batches that were not trained on and over processes."""
         mean = sum(self.loss(batch, None, self.recipe.kl_weight) for batch in held_out)
         mean = mean / len(held_out)
         all_reduce_mean([mean])
-        return [float(mean[0]), to_psnr(float(mean[1]))]
+        return {"val_loss": float(mean[0]), "val_psnr": to_psnr(float(mean[1]))}
 
     def check(self):
         """Raise RunFailed if a loss was not finite since the run began, in any process."""
@@ -1874,11 +1875,9 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float, held_out=(),
         over, due = end or progress >= 1, int(10 * progress) > tenth
         if sums is not None and (log or over or due):
             run.check()
-            row = log_row(run, sums / (run.step - first), (now - logged) / (run.step - first))
-            if held_out and due:
-                row["val_loss"], row["val_psnr"] = run.validate(held_out)
-            row["eta"] = (now - started) * max(0, 1 - progress) / (progress - begun)
-            print_row(row, out, progress)
+            n, more = run.step - first, run.validate(held_out) if held_out and due else {}
+            eta = (now - started) * max(0, 1 - progress) / (progress - begun)
+            log_row(run, out, progress, sums / n, (now - logged) / n, **more, eta=eta)
             first, tenth, sums, logged = run.step, int(10 * progress), None, time.monotonic()
         if save or over:
             run.save(out / "ckpt.pt")
@@ -1893,17 +1892,13 @@ def to_psnr(mse: float) -> float:
     return -10 * math.log10(max(mse, 1e-12))
 
 
-def log_row(run: Run, means: Tensor, seconds: float) -> dict:
-    """What is logged of some steps: mean loss and error (2,), and seconds a step."""
+def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float, **more: float):
+    """Log some steps to the screen and log.jsonl: mean loss and error (2,), and seconds a step."""
     all_reduce_mean([means])
     loss, mse = means.tolist()
-    return {"step": run.step, "loss": loss, "psnr": to_psnr(mse),
-            "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds,
-            "signals_per_s": run.recipe.batch_size / seconds, "elapsed": run.elapsed}
-
-
-def print_row(row: dict, out: Path, progress: float):
-    """One line on the screen and one in log.jsonl."""
+    row = {"step": run.step, "loss": loss, "psnr": to_psnr(mse),
+           "lr": run.optimizers[0].param_groups[0]["lr"], "ms": 1000 * seconds,
+           "signals_per_s": run.recipe.batch_size / seconds, "elapsed": run.elapsed, **more}
     if is_main_process():
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -1934,9 +1929,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int
             prediction = model.decode(code, select_queries(query, pick))
             error = model.signal.error(prediction, values[:, pick]).mean(-1)  # (B, M)
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
-            grads = torch.autograd.grad(error, list(code.values()))
-        for v, g in zip(code.values(), grads):
-            v.grad = g
+        optimizer.zero_grad()
+        error.backward(inputs=list(code.values()))
         optimizer.step()
     return {k: v.detach() for k, v in code.items()}
 

@@ -1,7 +1,7 @@
 """Measure what training, encoding and decoding cost on this machine.
 
     python data/bench.py            # every cell's training step, encoding and decoding
-    python data/bench.py inputs     # time and memory as inputs grow: runs/costs.json and .png
+    python data/bench.py inputs     # time and memory as inputs grow
 
 Every cell of the first and every point of the second is measured in a process of its own, with
 random weights; a line of the second ends where the next point would take more than 20 GB or 100
@@ -9,7 +9,6 @@ seconds.
 """
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -26,9 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
-from data import commands, pictures  # noqa: E402
+from data import commands  # noqa: E402
 from data.evaluation import write_json  # noqa: E402
-from data.rendering import write_pictures  # noqa: E402
 
 AXES = {  # what grows: (task, image_size or an argument of random_signals, the first point)
     "pixels decoded": ("image", "targets", 4096),
@@ -188,27 +186,14 @@ def line(axis: str, model: str, pool) -> list:
             return points
 
 
-def panel(title: str, lines: dict, size=(320, 240)):
-    """One plot in powers of ten of {model: points [n, seconds, bytes]}: seconds and gigabytes."""
-    drawn = {f"{model} s": [(n, s) for n, s, _ in points] for model, points in lines.items()}
-    drawn |= {f"{m} GB": [(n, b / 1e9) for n, _, b in points] for m, points in lines.items()}
-    return pictures.line_plot(drawn, title, "s, GB", size)
-
-
 @main.command("inputs")
-@click.option("--json", "stored", type=click.Path(exists=True), help="Only draw these figures.")
-def inputs_command(stored):
+@click.option("--json", "json_file", type=click.Path(), help="Write the figures here too.")
+def inputs_command(json_file):
     """Time and memory as inputs grow."""
-    if stored:
-        table = json.loads(Path(stored).read_text())
-    else:
-        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
-        Path("runs").mkdir(exist_ok=True)
-        write_json("runs/costs.json", table)
-    panels = [panel(title, lines) for title, lines in table.items()]
-    write_pictures([pictures.image_grid([panels[:3], panels[3:]], gap=0)],
-                   Path(stored or "runs/costs.json").with_suffix(".png"))
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
+    if json_file:
+        write_json(json_file, table)
 
 
 if __name__ == "__main__":

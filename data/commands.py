@@ -4,6 +4,7 @@ Stands on top of tinyinr.py, which offers it as `tinyinr.cli`.
 """
 
 import contextlib
+import csv
 import ctypes
 import functools
 import itertools
@@ -37,6 +38,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx):
         keep_memory()
+        with contextlib.suppress(ValueError):  # handlers are for the main thread only
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         return in_one_line(ctx, super().invoke)
 
 
@@ -78,12 +81,24 @@ OPTION_TASKS = {"tto": ("image", "nvs"), "pairs": ("nvs",), "views": ("nvs",), "
                 "zoom": ("image",), "columns": ("gp",), "autoregressive": ("gp",)}
 
 
-def check_options(task: str, **given):
-    """Raise ValueError for a given option that a task does not have."""
+def check_options(cfg: ModelConfig, **given):
+    """Raise ValueError for a given option that a task or model does not have."""
     for name, value in given.items():
-        if value and task not in OPTION_TASKS[name]:
+        if value and cfg.task not in OPTION_TASKS[name]:
             raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
-                             f"for {task}")
+                             f"for {cfg.task}")
+    if given.get("tto") and cfg.model == "vnp":
+        raise ValueError("--tto refines generated weights and a VNP has none; leave it out")
+
+
+def check_output(out, *inputs, folder: bool = False):
+    """Raise ValueError, before the work, for a file that cannot be written or is an input."""
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {Path(out).parent}; create it")
+    if Path(out).is_dir() and not folder:
+        raise ValueError(f"{out} is a folder; give the name of a file")
+    if any(Path(out).resolve() == Path(path).resolve() for path in inputs):
+        raise ValueError(f"{out} would replace an input; choose another name")
 
 
 def banner(run: Run):
@@ -124,22 +139,26 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
 def train_command(extra, device, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
-    if options["steps"] and options["minutes"]:
-        raise ValueError("--steps and --minutes exclude each other; give one")
     given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
+    lengths = [name for name in LENGTHS if given.get(name)]
+    if len(lengths) > 1:
+        raise ValueError(f"{' and '.join(lengths)} exclude each other; give one")
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one")
     if smoke:
-        given = {"steps": 3, "batch_size": 2} | given
-    if any(given.get(name) for name in LENGTHS):  # the one that is given counts alone
+        given = {"batch_size": 2} | ({} if lengths else {"steps": 3}) | given
+    if smoke or lengths:  # the one that is given counts alone
         given = dict.fromkeys(LENGTHS, 0) | given
     skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
     cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
+    overwrite |= smoke and not out  # in a folder of its own
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
     path, ckpt = given.get("data"), None
     if resume:
         cfg, recipe, path, ckpt = read_run(out / "ckpt.pt", given)
-    elif (out / "ckpt.pt").exists() and not (overwrite or smoke):
-        raise ValueError(f"{out} holds a run already; choose another --out, go on with --resume, "
-                         "or replace it with --overwrite")
+    elif not overwrite and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
+        raise ValueError(f"{out} holds a ckpt.pt or log.jsonl already; choose another --out, go on "
+                         "with --resume, or replace them with --overwrite")
     if not any(getattr(recipe, name) for name in LENGTHS):
         raise ValueError("steps, minutes and epochs are all 0; give one of them")
     device = choose_device(device, recipe.precision)
@@ -251,7 +270,7 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
 @cli.command("eval")
 @click.argument("ckpt", type=click.Path())
 @click.option("--data", type=click.Path(), help="Folder, zip or table; default: the bundled set.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test",
+@click.option("--split", type=click.Choice(["train", "val", "test", "all"]), default="test",
               show_default=True)
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--size", type=click.IntRange(0), default=0,
@@ -268,9 +287,11 @@ def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoo
                  json_file):
     """Score a checkpoint on a split of a set of signals."""
     device = choose_device(device)
+    if json_file:
+        check_output(json_file, ckpt)
     with processes(device.name):
         model = load_for(ckpt, device, views)
-        check_options(model.cfg.task, tto=tto, pairs=pairs, autoregressive=autoregressive,
+        check_options(model.cfg, tto=tto, pairs=pairs, autoregressive=autoregressive,
                       zoom=zoom > 1)
         signals = open_data(model.cfg, data, split, limit=size, zoom=zoom)
         scores = score(model, signals, tto, size, pairs, autoregressive, split)
@@ -282,7 +303,7 @@ def eval_command(ckpt, data, split, tto, size, views, pairs, autoregressive, zoo
 def load_for(ckpt, device: Device, views=None) -> nn.Module:
     """A checkpoint's model with another number of context views, if one is given."""
     model = load(ckpt, device.name)
-    check_options(model.cfg.task, views=views)
+    check_options(model.cfg, views=views)
     if views:
         model.cfg = model.signal.cfg = replace(model.cfg, n_views=views)
     return model
@@ -292,7 +313,8 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
 @click.argument("ckpt", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="Picture, .npz or .csv.")
-@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True)
+@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True,
+              help="Pixels of the long side, or rows of a prediction in numbers.")
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
@@ -309,7 +331,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     """
     model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
     cfg, code = model.cfg, {}
-    check_options(cfg.task, tto=tto, pose=pose, columns=columns)
+    check_options(cfg, tto=tto, pose=pose, columns=columns)
+    check_output(out, ckpt, source, folder=cfg.task == "nvs")
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
     if not numbers:  # a name that cannot be written is refused before the work
         pictures.picture_format(out, animated=cfg.task == "nvs")
@@ -318,7 +341,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
             raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
         table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
-        drawn = tabulate_curve(model, table) if numbers else [render_curve(model, table, size)]
+        drawn = tabulate_curve(model, table, size) if numbers else [render_curve(model, table, size)]
     elif cfg.task == "image":
         context, shape = read_context(model, source)
         code = encode_for(model, context, tto)
@@ -341,12 +364,14 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
 def write_numbers(columns: dict, out: str):
     """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
-    with atomic(out) as part, open(part, "wb") as f:
+    with atomic(out) as part:
         if out.endswith(".npz"):
-            np.savez(f, **columns)
+            with open(part, "wb") as f:
+                np.savez(f, **columns)
         else:
-            np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",",
-                       header=",".join(columns), comments="")
+            with open(part, "w", encoding="utf-8", newline="") as f:
+                csv.writer(f, lineterminator="\n").writerow(columns)
+                np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",")
 
 
 @cli.command("encode")
@@ -367,7 +392,9 @@ def encode_command(ckpt, source, out, tto, views, device):
         raise ValueError(f"{out}: codes are written as .npz; choose such a name")
     device = choose_device(device)
     model = load_for(ckpt, device, views)
-    data = open_data(model.cfg, source, "all")
+    check_options(model.cfg, tto=tto)
+    check_output(out, ckpt, source)
+    data = open_data(model.cfg, source, "all", targets=False)
     batches = torch.arange(len(data)).split(32 if model.cfg.task == "image" else 1)
     codes = [encode_for(model, to_device(context_of(model, data, part.tolist()), device.name), tto)
              for part in track(batches, "encoding")]
@@ -383,10 +410,7 @@ def context_of(model, data, part: list[int]) -> dict:
     i, = part
     if model.cfg.task == "nvs":
         return scene_context(model, data[i])
-    first = int(data.first[i])
-    own = slice(first, first + min(data.points, int(data.counts[i])))
-    x, y, _ = curves.standardise(data.x[own], data.y[own], data.mask[own])
-    return {"x": x[None].float(), "y": y[None].float(), "mask": data.mask[None, own]}
+    return {k: v[None] for k, v in zip(("x", "y", "mask"), data.first_window(i))}
 
 
 @cli.command()
@@ -394,11 +418,11 @@ def context_of(model, data, part: list[int]) -> dict:
 def info(ckpt):
     """Print what a checkpoint is: model, parameters, recipe, steps and data."""
     model, raw = load(ckpt), read_checkpoint(ckpt)
-    cfg = model.cfg
+    cfg, recipe = model.cfg, raw.get("recipe")
     click.echo(f"{cfg.model} on {cfg.task}, "
                f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                f"{f'feature grid of {cfg.grid} nodes an axis' if cfg.grid else 'as in the paper'}")
-    for title, part in (("model", asdict(cfg)), ("recipe", raw.get("recipe", {}))):
+    for title, part in (("model", asdict(cfg)), ("recipe", recipe if isinstance(recipe, dict) else {})):
         click.echo(f"{title}: " + " ".join(f"{k}={v}" for k, v in part.items()))
     for name in ("step", "elapsed", "data", "epoch"):
         if raw.get(name):
@@ -415,6 +439,7 @@ def info(ckpt):
 def inspect(ckpt, image, out):
     """Draw what the weight tokens of each INR layer attend to, and the weights they generate."""
     pictures.picture_format(out)  # refused before the work
+    check_output(out, ckpt, image)
     model = load(ckpt)
     if (model.cfg.task, model.cfg.model) != ("image", "transinr"):
         raise ValueError(f"inspect takes a TransINR of images; {ckpt} is a {model.cfg.model} of "

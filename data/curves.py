@@ -46,22 +46,17 @@ def _cholesky(kernel, x, hyper, noise):
     return torch.linalg.cholesky(covariance(kernel, x, x, *hyper) + noise**2 * eye)
 
 
-def _draw(kernel: str, batch: int, points: int, gen: torch.Generator):
-    """x (B, N, 1), the Cholesky factor of y's covariance, white noise and the hyperparameters."""
+def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator):
+    """GP samples y = factor @ white: x in [-2, 2], factor, white, hyper = (length, scale, period).
+
+    factor (B, N, N) is that of y's covariance, x and white noise are (B, N, 1); length U[0.1, 0.6],
+    scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1).
+    """
     u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
     hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
     x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
     white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
     return x, _cholesky(kernel, x, hyper, NOISE), white, hyper
-
-
-def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator):
-    """GP samples: x in [-2, 2] and y, each (B, N, 1), and hyper = (length, scale, period).
-
-    length U[0.1, 0.6], scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1); Gaussian noise.
-    """
-    x, factor, white, hyper = _draw(kernel, batch, points, gen)
-    return x, factor @ white, hyper
 
 
 def sampler(kernel: str) -> Callable:
@@ -74,7 +69,7 @@ def sampler(kernel: str) -> Callable:
 
     def draw(batch: int, points: int, gen: torch.Generator) -> tuple:
         pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
-        x, factor, white, _ = _draw(kernels[pick], batch, points, gen)
+        x, factor, white, _ = draw_curves(kernels[pick], batch, points, gen)
 
         def posterior(given: Tensor) -> tuple[Tensor, Tensor]:
             given = given.unsqueeze(-1).to(white)  # y = factor @ white: these fix their white noise
@@ -95,7 +90,8 @@ def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
         gen = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
         n = int(torch.randint(3, MAX_CONTEXT + 1, (), generator=gen))
         m = int(torch.randint(3, 50 - n, (), generator=gen)) if n < MAX_CONTEXT else 3
-        yield *draw_curves(kernel, 16, n + m, gen), n
+        x, factor, white, hyper = draw_curves(kernel, 16, n + m, gen)
+        yield x, factor @ white, hyper, n
 
 
 def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE) -> tuple[Tensor, Tensor]:
@@ -218,6 +214,7 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
     header = _split(lines[first - 1].lstrip("#%! "), delimiter) if first else []
     spare = ["x", "y"] if width == 2 else [f"column {j + 1}" for j in range(width)]
     names = [a or b for a, b in zip(header, spare)] if len(header) == width else spare
+    names = [n if n not in names[:j] else f"{n} ({j + 1})" for j, n in enumerate(names)]
     return rows[first:], names, kinds
 
 
@@ -278,7 +275,6 @@ def read_table(path, columns: str | None = None, data: bytes | None = None) -> T
 
 # ------------------------------------------------------------------------- sets of series
 SUFFIXES = (".csv", ".tsv", ".txt", ".dat")
-TENTHS = {"train": (0, 8), "val": (8, 9), "test": (9, 10), "all": (0, 10)}
 MIN_POINTS = 6
 
 
@@ -342,22 +338,23 @@ class CurveSet:
 
     split: train, val and test are 80, 10 and 10 % of the files (or of the curves of a lone file)
     by a hash of the name; of fewer than 10 they are the first 80, the next 10 and the last 10 % of
-    every curve. "all" is everything. limit > 0: only so many curves. Curves in windows of `points`
+    every curve, 6 points or more where there are 18. "all" is everything. limit > 0: only so many curves. Curves in windows of `points`
     neighbouring points, or fewer where a curve is shorter, each standardised.
     Attributes: names, source (one line), points (of the longest window).
     """
 
     def __init__(self, path, split: str = "train", columns=None, points: int = 48, limit: int = 0,
                  n_values: int = 1):
-        if split not in TENTHS:
-            raise ValueError(f"split={split!r} is unknown; use one of {', '.join(TENTHS)}")
-        first, last = TENTHS[split]
-        part = lambda items: items[len(items) * first // 10 : len(items) * last // 10]
+        def part(items, least=MIN_POINTS):
+            n, tenth = len(items), max(-(-len(items) // 10), min(least, len(items) // 3))
+            ends = {"train": (0, n - 2 * tenth), "val": (n - 2 * tenth, n - tenth),
+                    "test": (n - tenth, n), "all": (0, n)}
+            return items[slice(*ends[split])]
         curves = _load(path, columns, n_values)
         units = sorted({unit for unit, *_ in curves},
                        key=lambda unit: (zlib.crc32(unit.encode(errors="replace")), unit))
         if by_name := len(units) >= 10:
-            chosen = set(part(units))
+            chosen = set(part(units, 1))
             curves = [curve for curve in curves if curve[0] in chosen]
         else:
             curves = [(unit, *map(part, xym)) for unit, *xym in curves]
@@ -399,6 +396,14 @@ class CurveSet:
             order = order.gather(1, key.argsort(1))
         x, y, mask = (v.take_along_dim(order.unsqueeze(-1), 1) for v in (x, y, mask))
         return x, y, None if mask.all() else mask
+
+    def first_window(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first window of a curve: x (points, 1), y and mask (points, D), 0 beyond its end."""
+        place, last = torch.arange(self.points), int(self.counts[i]) - 1
+        rows = int(self.first[i]) + place.clamp(max=last)
+        mask = self.mask[rows] & (place <= last).unsqueeze(-1)
+        x, y, _ = standardise(self.x[rows], self.y[rows], mask)
+        return x.float(), y.float(), mask
 
     def windows(self, batch: int = 16, repeats: int = 10) -> Iterator:
         """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""

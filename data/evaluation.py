@@ -6,7 +6,6 @@ Stands on top of tinyinr.py, as the commands do. Nothing here is used in trainin
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -23,25 +22,25 @@ from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, log_lik
                      pixel_grid, predict, psnr, random_masks, rank_and_world_size, to_device)
 
 
-def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1):
+def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1, targets=True):
     """The signals of one split (or of "all"): of a folder, zip or table, or of the bundled set.
 
-    None: curves that are drawn from Gaussian processes. The layout is printed.
+    None: curves that are drawn from Gaussian processes. The layout is printed. targets: scenes
+    have a view beside the context's.
     """
     if path == "":
         raise ValueError("--data is empty; give a folder or zip, or leave the option out")
     if cfg.task == "gp":
         if path is None:
             return None
-        split = split if split == "train" or Path(path).is_dir() else "all"
         data = curves.CurveSet(path, split, limit=limit, n_values=cfg.n_values,
                                points=48 if cfg.n_values == 1 else WINDOW)
     elif cfg.task == "image":
         crop = bool(recipe and recipe.random_crop and split == "train")
-        data = ImageSet(path, split, cfg.image_size, 1 if crop else zoom, crop, limit,
+        data = ImageSet(path, split, cfg.image_size, zoom, crop, limit,
                         cfg.image_size // cfg.patch)
     else:
-        data = SceneSet(path, split, cfg.image_size, cfg.n_views + (split != "all"),
+        data = SceneSet(path, split, cfg.image_size, cfg.n_views + targets,
                         recipe.train_views if recipe else 0, limit)
     click.echo(data.source)
     return data
@@ -285,7 +284,7 @@ LEGEND = {
 }
 
 
-SEEDS = {"test": 0, "val": 1, "train": 2}  # of sampled curves
+SEEDS = {"test": 0, "val": 1, "train": 2, "all": 3}  # of sampled curves
 
 
 def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="test"):

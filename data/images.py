@@ -261,11 +261,12 @@ def free_memory() -> float:
 class ImageSet(torch.utils.data.Dataset):
     """Pictures of one split of a folder or zip (None: the bundled ones); S = size, z = zoom.
 
-    `.pixels` (N, 3, S, S) uint8: centre squares; None if they fill half of the free memory, or
-    are cropped at random. `.large` (N, 3, z S, z S): the same squares, likewise, or None (z = 1).
+    set[i, seed]: centre square (3, S, S) uint8 and the same as (3, z S, z S), or None (z = 1).
+    `.kept`: all of them; None if they fill half of the free memory: the files are read anew.
     `.native` (N,) bool: the file's short side has z S pixels; otherwise it is enlarged.
     `.names`, `.labels`: the bundled archive, or "all"; `.source`: the set in one line.
-    random_crop: S x S pixels of the picture at its native size, as torchvision's RandomCrop.
+    random_crop: S x S pixels of the picture at its native size, as torchvision's RandomCrop, by
+    (seed, i).
     """
 
     def __init__(self, path=None, split: str = "train", size: int = 64, zoom: int = 1,
@@ -290,9 +291,7 @@ class ImageSet(torch.utils.data.Dataset):
         files, native, kept = zip(*read_all(files, self.first_look, "pictures"))
         self.files, self.native = files, torch.tensor(native)
         _, self.names, self.labels = map(list, zip(*files))
-        self.kept, self.pixels, self.large = kept if self.room >= 0 else None, None, None
-        if self.kept and not random_crop:
-            (self.pixels, self.large), self.kept = stack(kept), None
+        self.kept = kept if self.room >= 0 else None
 
     def first_look(self, file):
         """(file, is native, its pixels as long as there is room)."""
@@ -320,8 +319,6 @@ class ImageSet(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(index, seed) -> pixels (3, S, S) and large (3, z S, z S) or None, uint8."""
         (i, seed), size = key, self.size
-        if self.pixels is not None:
-            return self.pixels[i], None if self.large is None else self.large[i]
         tree, name, _ = self.files[i]
         try:
             pixels, large = self.kept[i] if self.kept else self.load(tree.read(name))[1:]
@@ -339,7 +336,7 @@ class ImageSet(torch.utils.data.Dataset):
         Taken from memory, or read by worker processes. The seed is that of random crops.
         """
         keys = ([(i, seed) for i in indices] for indices, seed in index_lists)
-        if self.pixels is not None or self.kept:
+        if self.kept:
             yield from (stack([self[key] for key in batch]) for batch in keys)
             return
         loader = torch.utils.data.DataLoader(

@@ -15,6 +15,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.commands import Commands  # noqa: E402
 
 YEARS, BURN_IN, STEPS = 91, 10, 45  # 1845 to 1935; years before them; steps of a year
 TASKS = ("interpolation", "forecasting", "reconstruction")
@@ -79,14 +80,13 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
         ll = mixture_log_likelihood(draws, true) - scale.log()  # (B, N, 2)
         naive = Prediction(torch.zeros_like(true), torch.full_like(true, 0.5))
         error = (mixture(draws).mean - true).abs() * scale
-        for name, values in (("ll", ll), ("constant_ll", log_likelihood(naive, true) - scale.log()),
-                             ("mae", error)):
-            rows.append((name, (values * target).sum((1, 2)) / target.sum((1, 2))))
-    return {name: torch.cat([v for n, v in rows if n == name]).mean().item()
-            for name in ("ll", "constant_ll", "mae")}
+        constant = log_likelihood(naive, true) - scale.log()
+        values = torch.stack((ll, constant, error))  # (3, B, N, 2)
+        rows.append((values * target).sum((2, 3)) / target.sum((1, 2)))
+    return dict(zip(("ll", "constant_ll", "mae"), torch.cat(rows, 1).mean(1).tolist()))
 
 
-@click.group(help=__doc__.split("\n")[0])
+@click.group(cls=Commands, help=__doc__.split("\n")[0])
 def main():
     pass
 
@@ -113,6 +113,9 @@ def score_command(ckpt, tables, count):
     import tinyinr
     from data.curves import read_table
     model = tinyinr.load(ckpt)
+    if model.cfg.task != "gp" or model.cfg.n_values != 2:
+        raise ValueError(f"{ckpt}: not a model of curves of two values; train one with --task gp "
+                         "--set n_values=2")
     read = [read_table(table, "all") for table in tables]
     for task in TASKS:
         scores = [task_scores(model, table, task, count) for table in read]

@@ -55,7 +55,7 @@ def example(cfg, data) -> dict | None:
     The page draws a scene from a camera on a sphere around it, at angles x (azimuth) and y.
     """
     if cfg.task == "image":
-        return {"images": [data_uri(data.pixels[0])]}
+        return {"images": [data_uri(data[0, 0][0])]}
     if cfg.task == "nvs":
         cameras = {k: getattr(data, k)[: cfg.n_views].tolist() for k in ("poses", "focals")}
         x, y, z = (row[3] for row in cameras["poses"][0])

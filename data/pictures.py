@@ -7,7 +7,6 @@ import io
 import math
 from datetime import datetime, timedelta
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG", "": "folder"}
-COLORS = "#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#a16207", "#0e7490"  # of lines
 MONTH_STEPS = 1, 2, 3, 6, 12, 24, 60, 120, 240, 600, 1200, 2400, 6000, 12000, 24000
 DAY_STEPS = *(n / 1440 for n in (1, 5, 15, 30, 60, 180, 360, 720)), 1, 2, 5, 10
 FINE = 3  # plots are drawn this many times as large, then reduced
@@ -91,12 +89,6 @@ def ticks(low: float, high: float) -> dict[float, str]:
     return {i * step: format(i * step, style) for i in steps}
 
 
-def log_ticks(low: float, high: float) -> dict[float, str]:
-    """As ticks, of logarithms to the base of ten: up to nine whole ones."""
-    powers = range(math.ceil(low), math.floor(high) + 1, round(high - low) // 8 + 1)
-    return {p: f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}" for p in powers}
-
-
 def date_ticks(low: float, high: float, origin: datetime) -> dict[float, str]:
     """As ticks, of days since `origin`: firsts of months, or days, or times of the day."""
     zero, day = datetime(1, 1, 1), timedelta(1)
@@ -123,15 +115,15 @@ def floats(values) -> np.ndarray:
 class Plot:
     """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units.
 
-    x_ticks, y_ticks: what labels an axis from low to high: ticks, log_ticks or date_ticks.
+    x_ticks: what labels the x axis from low to high: ticks or date_ticks.
     """
 
-    def __init__(self, size, xs, ys, x_name, y_name, x_ticks=ticks, y_ticks=ticks):
+    def __init__(self, size, xs, ys, x_name, y_name, x_ticks=ticks):
         self.font = ImageFont.load_default(11 * FINE)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.ranges = self.range(floats(xs), 0), self.range(floats(ys), 1)
-        marks = x_ticks(*self.ranges[0]), y_ticks(*self.ranges[1])
+        marks = x_ticks(*self.ranges[0]), ticks(*self.ranges[1])
         left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
         top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
         self.frame = (left, right), (bottom, top)
@@ -165,8 +157,8 @@ class Plot:
         places = np.stack((self.place(x, 0), self.place(y, 1)), 1)
         return [tuple(p) for p in places[np.isfinite(places).all(1)]]
 
-    def text(self, place, text: str, anchor: str, color="#374151"):
-        self.pen.text(place, text, color, self.font, anchor)
+    def text(self, place, text: str, anchor: str):
+        self.pen.text(place, text, "#374151", self.font, anchor)
 
     def line(self, x, y, color: str, width: float = 2):
         self.pen.line(self.points(x, y), color, round(width * FINE), "curve")
@@ -228,21 +220,3 @@ def attention_sheet(image: Tensor, heat: dict[str, Tensor], base: dict, generate
         for row, w in ((middle, F.normalize(base[name], dim=0)), (bottom, generated[name])):
             row.append(resize(signed_map(w, limit), height, "nearest"))
     return image_grid([[to_uint8(p) for p in row] for row in (top, middle, bottom)])
-
-
-def line_plot(lines: dict[str, list], x_name: str, y_name: str, size=(480, 320)) -> np.ndarray:
-    """Named lines, rows (x, y) each, on logarithmic axes -> (H, W, 3) uint8, size = (W, H).
-
-    The names stand above, in the color of their line.
-    """
-    with np.errstate(divide="ignore"):
-        rows = [np.log10(np.array(r, float).reshape(-1, 2)) for r in lines.values()]
-    ends = np.concatenate([rounded(r) for r in rows for rounded in (np.floor, np.ceil)])
-    plot = Plot(size, *ends.T, x_name, y_name, log_ticks, log_ticks)
-    place = plot.frame[0][1] - plot.font.getlength("   ".join(lines))
-    for name, points, color in zip(lines, rows, cycle(COLORS)):
-        plot.line(*points.T, color)
-        plot.dots(*points.T, color, 2)
-        plot.text((place, 14 * FINE), name, "ls", color)
-        place += plot.font.getlength(name + "   ")
-    return plot.pixels()

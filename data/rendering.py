@@ -109,11 +109,14 @@ def render_curve(model, table, width: int):
     return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
 
 
-def tabulate_curve(model, table) -> dict:
-    """{column: numbers} of a series' prediction in its units: x, mean and std of every value."""
+def tabulate_curve(model, table, points: int) -> dict:
+    """{column: numbers} of a series' prediction in its units: x, mean and std of every value.
+
+    points: at so many places of each part that the model reads.
+    """
     columns = {}
     for *xym, (a, b, c, d) in table_parts(model, table):
-        grid, band, _ = curve_band(model, *xym)
+        grid, band, _ = curve_band(model, *xym, points)
         columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
             for kind, v in (("mean", band.mean * d + c), ("std", band.std * d)):
@@ -194,8 +197,8 @@ def attention_picture(model, context: dict):
                    for t in block.qkv(block.norm1(x)).chunk(3, -1))
         maps = maps + (q @ k.mT * cfg.head_dim**-0.5).softmax(-1).mean(1)[:, n:, :n]
         x = block(x)
-    maps = maps if cfg.depth else torch.ones(1, sum(model.n_tokens), n)
+    maps = maps if cfg.depth else torch.ones(1, sum(model.tokens_per_layer), n)
     weights = {k: wb[0, :-1] for k, wb in model.encode(context).items() if k in model.shapes}
-    heat = {k: m.mean(0) for k, m in zip(model.shapes, maps[0].split(model.n_tokens))}
+    heat = {k: m.mean(0) for k, m in zip(model.shapes, maps[0].split(model.tokens_per_layer))}
     return pictures.attention_sheet(context["image"][0].movedim(0, -1), heat,
                                     {k: model.base[k][:-1] for k in weights}, weights)
