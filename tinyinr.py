@@ -165,7 +165,7 @@ class ModelConfig(Checked):
 
 
 SET_POINTS, SET_RANGE, SET_STRIDE = 192, 2.4, 4  # a curve's set convolution and tokens
-WINDOW = SET_POINTS // 2  # points of a window of a curve of several values
+MAX_CONTEXT, WINDOW = 46, SET_POINTS // 2  # points of a context, as [2]; where D > 1 of a window
 
 
 @dataclass
@@ -1238,8 +1238,8 @@ def subsample(query: dict, most: int) -> dict:
     return select_queries(query, pick.to(device))
 
 
-def draw_latents(model, code: dict, query: dict) -> Tensor | None:
-    """The latents of a VNP, once for a whole signal, at the prior's mean; None: it has none."""
+def mean_latents(model, code: dict, query: dict) -> Tensor | None:
+    """The prior's means of a VNP's latents, once for a whole signal; None: it has none."""
     return model.latents(code, subsample(query, 1024))[0] if model.cfg.model == "vnp" else None
 
 
@@ -1249,7 +1249,7 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Predictio
     chunk 0: what fits a CPU's cache, or what fills a GPU.
     """
     chunk = chunk or 1 << (14 if model.freqs.device.type == "cpu" else 18)
-    z = draw_latents(model, code, query) if z is None else z
+    z = mean_latents(model, code, query) if z is None else z
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
@@ -1598,7 +1598,7 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
     value at all points.
     """
     mine, size, d = rank_slice(recipe.batch_size), recipe.batch_size, cfg.n_values
-    most = 46 if d == 1 else WINDOW - (recipe.n_queries or 3)
+    most = MAX_CONTEXT if d == 1 else WINDOW - (recipe.n_queries or 3)
     for step in itertools.count(start):
         gen = generator(recipe.seed, step, 3)
         counts = torch.randint(3, most + 1, (size, 1), generator=gen)
@@ -1782,7 +1782,7 @@ class Run:
         self.cfg, self.recipe, self.device = cfg, recipe, device or choose_device("cpu")
         self.step, self.elapsed, self.data = 0, 0.0, ""
         torch.manual_seed(recipe.seed)
-        if self.device.name == "cuda":  # TF32 in training only
+        if self.device.name == "cuda":  # TF32, process-wide: who predicts sets "highest" again
             torch.set_float32_matmul_precision("high" if self.device.dtype else "highest")
         self.model = build(cfg).to(self.device.name)
         if ckpt:

@@ -341,7 +341,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
             raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
         table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
-        drawn = tabulate_curve(model, table, size) if numbers else [render_curve(model, table, size)]
+        drawn = (tabulate_curve(model, table, size) if numbers else
+                 [render_curve(model, table, size)])
     elif cfg.task == "image":
         context, shape = read_context(model, source)
         code = encode_for(model, context, tto)
@@ -418,11 +419,12 @@ def context_of(model, data, part: list[int]) -> dict:
 def info(ckpt):
     """Print what a checkpoint is: model, parameters, recipe, steps and data."""
     model, raw = load(ckpt), read_checkpoint(ckpt)
-    cfg, recipe = model.cfg, raw.get("recipe")
+    cfg, recipe = model.cfg, raw.get("recipe", {})
+    recipe = recipe if isinstance(recipe, dict) else {}  # whatever a file holds
     click.echo(f"{cfg.model} on {cfg.task}, "
                f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                f"{f'feature grid of {cfg.grid} nodes an axis' if cfg.grid else 'as in the paper'}")
-    for title, part in (("model", asdict(cfg)), ("recipe", recipe if isinstance(recipe, dict) else {})):
+    for title, part in (("model", asdict(cfg)), ("recipe", recipe)):
         click.echo(f"{title}: " + " ".join(f"{k}={v}" for k, v in part.items()))
     for name in ("step", "elapsed", "data", "epoch"):
         if raw.get(name):

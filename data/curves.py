@@ -338,8 +338,9 @@ class CurveSet:
 
     split: train, val and test are 80, 10 and 10 % of the files (or of the curves of a lone file)
     by a hash of the name; of fewer than 10 they are the first 80, the next 10 and the last 10 % of
-    every curve, 6 points or more where there are 18. "all" is everything. limit > 0: only so many curves. Curves in windows of `points`
-    neighbouring points, or fewer where a curve is shorter, each standardised.
+    every curve, 6 points or more where there are 18. "all" is everything. limit > 0: only so many
+    curves. Curves in windows of `points` neighbouring points, or fewer where a curve is shorter,
+    each standardised.
     Attributes: names, source (one line), points (of the longest window).
     """
 
@@ -366,7 +367,7 @@ class CurveSet:
         self.x, self.y, self.mask = map(torch.cat, xym)
         self.counts = torch.tensor([len(x) for x in xym[0]])
         self.first = self.counts.cumsum(0) - self.counts
-        self.window, self.points = points, min(points, int(self.counts.max()))
+        self.window_length, self.points = points, min(points, int(self.counts.max()))
         self.source = (f"{path}: {len(curves)} curves in {split}, split by "
                        f"{'name' if by_name else 'time'}, {len(self.x)} points")
 
@@ -381,7 +382,7 @@ class CurveSet:
         forecast.
         """
         pick = torch.randint(len(self), (batch, 1), generator=gen)
-        length = self.counts[pick].clamp(max=max(points, self.window))  # (B, 1)
+        length = self.counts[pick].clamp(max=max(points, self.window_length))  # (B, 1)
         start = torch.rand(batch, 1, generator=gen, dtype=torch.float64)
         start = self.first[pick] + (start * (self.counts[pick] - length + 1)).long()
         place = torch.arange(max(points, int(length.max())))
@@ -409,7 +410,7 @@ class CurveSet:
         """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""
         groups = {}
         for first, count in zip(self.first.tolist(), self.counts.tolist()):
-            length = min(self.window, count)
+            length = min(self.window_length, count)
             groups.setdefault(length, []).extend(range(first, first + count - length + 1, length))
         for i, (length, starts) in itertools.product(range(repeats), groups.items()):
             key = repr((0, i, 10)).encode()

@@ -122,7 +122,7 @@ class Plot:
         self.font = ImageFont.load_default(11 * FINE)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
-        self.ranges = self.range(floats(xs), 0), self.range(floats(ys), 1)
+        self.ranges = self.ends(floats(xs), 0), self.ends(floats(ys), 1)
         marks = x_ticks(*self.ranges[0]), ticks(*self.ranges[1])
         left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
         top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
@@ -142,7 +142,7 @@ class Plot:
         self.text((right, self.image.height - 6 * FINE), x_name, "rs")
         self.text((left, 14 * FINE), y_name, "ls")
 
-    def range(self, values: np.ndarray, axis: int) -> tuple[float, float]:
+    def ends(self, values: np.ndarray, axis: int) -> tuple[float, float]:
         """Ends of an axis, with some room below and above the values of y."""
         values = values[np.isfinite(values)]
         low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)

@@ -13,7 +13,7 @@ from data import curves, images, pictures
 from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
                              scene_cases)
 from data.runs import track
-from tinyinr import (WINDOW, Prediction, atomic, camera_rays, draw_latents, generator, look_at,
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, mean_latents, generator, look_at,
                      pixel_grid, predict, select_queries, to_device)
 
 
@@ -31,7 +31,7 @@ def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, T
 
     A depth is in units of the scene's range, 1 at near, and 0 at far and where a ray meets nothing.
     """
-    cfg, z, rows = model.cfg, draw_latents(model, code, query), []
+    cfg, z, rows = model.cfg, mean_latents(model, code, query), []
     for i in range(0, side**2, side):
         row = select_queries(query, slice(i, i + side))
         rows.append(model.signal.render(*model.raw_field(code, row, z=z)))
@@ -66,7 +66,7 @@ def sample_pictures(model, data, count: int = 12):
         for x, y, mask, _, n, _ in itertools.islice(curve_cases(data, 2), 6):
             x, y = x[0].float(), y[0].float()
             mask = torch.ones_like(y) if mask is None else mask[0]
-            rows.append(curve_plots(model, *((v[:n], v[n:]) for v in (x, y, mask))))
+            rows.append(plot_context(model, *((v[:n], v[n:]) for v in (x, y, mask))))
         return pictures.image_grid([sum(rows[:3], []), sum(rows[3:], [])])
     only = sorted({i * len(data) // count for i in range(count)})
     cases = scene_cases if model.cfg.task == "nvs" else image_cases
@@ -94,7 +94,7 @@ def table_parts(model, table) -> list[tuple]:
     return curves.windows_of(table, model.cfg.n_values, most)
 
 
-def curve_plots(model, x, y, mask, *args) -> list:
+def plot_context(model, x, y, mask, *args) -> list:
     """pictures.curve_plots of the model's prediction from the context, the first of each pair."""
     return pictures.curve_plots(*curve_band(model, x[0], y[0], mask[0]), x, y, mask, *args)
 
@@ -103,7 +103,7 @@ def render_curve(model, table, width: int):
     """Plots of a series, one a value; of a long one several, row by row (uint8)."""
     plots = []
     for *xym, units in table_parts(model, table):
-        plots += curve_plots(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
+        plots += plot_context(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
                              table.x_name, table.y_names, table.origin)
     columns = math.isqrt(len(plots) - 1) + 1
     return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
@@ -137,7 +137,7 @@ def render_image(model, code: dict, height: int, width: int):
 
     The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
     """
-    z = draw_latents(model, code, {"coords": pixel_grid(32, 32)[None].to(model.freqs)})
+    z = mean_latents(model, code, {"coords": pixel_grid(32, 32)[None].to(model.freqs)})
     rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
                   for n in (height, width))
     parts = []
@@ -175,7 +175,7 @@ def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) ->
         rays_o, rays_d = (r.flatten(0, 1)[None].to(model.freqs)
                           for r in camera_rays(pose, focal, size, size))
         query = {"rays_o": rays_o, "rays_d": rays_d}
-        z = draw_latents(model, code, query) if z is None else z  # once for all views
+        z = mean_latents(model, code, query) if z is None else z  # once for all views
         pixels = predict(model, code, query, z).mean.clamp(0, 1)
         views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
     return views
