@@ -136,7 +136,7 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--smoke", is_flag=True, help="A few steps on a few signals, as a sanity check.")
+@click.option("--smoke", is_flag=True, help="3 steps, or --steps, on a few signals, as a sanity check.")
 def train_command(extra, device, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
@@ -146,8 +146,8 @@ def train_command(extra, device, out, resume, overwrite, smoke, **options):
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
     if smoke:
-        given = {"batch_size": 2} | ({} if lengths else {"steps": 3}) | given
-    if smoke or lengths:  # the one that is given counts alone
+        given = {"steps": 3, "batch_size": 2} | given | {"minutes": 0.0, "epochs": 0}
+    elif lengths:  # the one that is given counts alone
         given = dict.fromkeys(LENGTHS, 0) | given
     skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
     cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
