@@ -1599,8 +1599,9 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     (tmp_path / "t.csv").write_text("day;price, 円\n10;100\n20;300\n30;200\n", "utf-8")
     run("render", tmp_path / "c.pt", tmp_path / "t.csv", "-o", tmp_path / "p.csv", "--size", 256)
     header, *rows = csv.reader((tmp_path / "p.csv").read_text("utf-8").splitlines())
-    days, mean, std = np.array(rows, float).T
-    assert header == ["day", "price, 円 mean", "price, 円 std"] and (std > 0).all()
+    days, mean, std, lower, upper = np.array(rows, float).T
+    assert header == ["day", *(f"price, 円 {k}" for k in ("mean", "std", "lower", "upper"))]
+    np.testing.assert_allclose((mean - lower, upper - mean), (1.96 * std,) * 2, rtol=1e-3)
     np.testing.assert_allclose(days, np.linspace(10, 30, 256), rtol=1e-6)
     scale = 100 / math.sqrt(3 / 8)  # y has mean 0 and standard deviation 0.5
     x, y = (torch.tensor(v).view(1, 3, 1) for v in ([-2.0, 0, 2], [-100 / scale, 100 / scale, 0]))
@@ -2503,6 +2504,8 @@ def test_nearest_filling_takes_a_nearest_seen_pixel():
 ANGLE = math.radians(49.1)  # zero123's; all layouts take it here
 FLIP = np.diag([1.0, -1, -1, 1])
 BLANK = np.zeros((6, 8, 8, 3), np.uint8)
+TURNED = Image.Exif()
+TURNED[0x0112] = 3
 
 
 def opposite_cameras(count=6, seed=0):
@@ -2536,7 +2539,7 @@ def write_layout(folder, layout, cameras, views):
     files = [place.get(layout, "images/{:04d}").format(i) + ".png" for i in range(len(cameras))]
     for file, pixels in zip(files, views):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / file)
+        Image.fromarray(pixels).save(folder / file, exif=TURNED)  # cameras are of pixels as stored
     if layout.startswith("colmap"):
         write_colmap(folder, cameras, [f.split("/")[1] for f in files], focal, size, layout[-3:])
     elif layout == "srn":
@@ -2558,7 +2561,7 @@ def write_transforms(folder, layout, matrices, files, own):
         parts = {"_train": slice(4), "_val": slice(0), "_test": slice(4, None)}
         files = [f"./{f[:-4]}" for f in files]
     elif layout == "nerfstudio":  # of pictures twice as large; as of instant-ngp, elsewhere
-        files = [f"/home/a/b/{f}" for f in files]
+        files = [f"/home/a/b/c/{f}".upper() for f in files]
         meta = {k: 2 * v for k, v in own.items()} | dict(
             camera_model="OPENCV", k1=0, p1=0.0, camera_angle_x=1, aabb_scale=4, offset=[1, 2, 3])
     elif layout == "per frame":  # 3 x 4, with backslashes and folders that are none
@@ -2832,7 +2835,19 @@ TABLES = [  # text, columns, names, x, y
     ("id,day,v\nA,2020-01-01,3\nA,2020-03-01,4\n", None, "day v", [0, 60], [[3], [4]]),
     ("day v\n2020-01-02 12:00  3\n2020-01-01 00:00:00  4\n", None, "day v", [1.5, 0], [[3], [4]]),
     ("2020-02,1\n2020-01,2\n2020-01-01T12:00+12:00,3\n", None, "x y", [31, 0, 0],
-     [[1], [2], [3]])]
+     [[1], [2], [3]]),
+    ("Datum;T;N\n1.1.2020;1,5;2\n15.01.2020;2,5;3\n", "all", "Datum T N", [0, 14],
+     [[1.5, 2], [2.5, 3]]),
+    (",date,v\n0,2020/1/1,3\n1,2020/01/03 UTC,4\n", None, "date v", [0, 2], [[3], [4]]),
+    ("date,time,v\n2020-01-01,00:00,3\n2020-01-01,6:00,4\n", None, "date v", [0, 0.25],
+     [[3], [4]]),
+    ("d|v\n20200101|3\n20200201|4\n", None, "d v", [0, 31], [[3], [4]]),
+    ('x,y\n2000,"1,234"\n2001,"1,234.5"\n2002,987\n', None, "x y", [2000, 2001, 2002],
+     [[1234], [1234.5], [987]]),
+    ("x,y\n1,NA\n2,3\n3,.\n4,#N/A\n5,6\n", None, "x y", [2, 5], [[3], [6]]),
+    ("lat,lon,z\n52.52,13.41,38\n\ntime,T\n0,1\n1,2\n2,3\n3,4\n", None, "time T", [0, 1, 2, 3],
+     [[1], [2], [3], [4]]),
+    ("x   y    z\n0.0 1.5  1\n1.0      2\n2.0 3.5  3\n", None, "x y", [0, 2], [[1.5], [3.5]])]
 
 
 def test_columns_gaps_and_dates_of_tables():
@@ -2840,12 +2855,15 @@ def test_columns_gaps_and_dates_of_tables():
         table = curves.read_table("t.csv", columns, text.encode())
         assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
         assert (table.x[:, 0].tolist(), table.y.tolist()) == (x, y), text
-        assert table.origin == (datetime(2020, 1, 1) if "2020-0" in text else None)
+        dated = re.search(r"2020[-/]|20200|\.2020", text)
+        assert table.origin == (datetime(2020, 1, 1) if dated else None)
     table = curves.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
     assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
         "rows without x or y, left out: 1", "columns that are not read: err"]
     for text, columns, error in (
             ("a;b\n", None, "no rows of two numbers"), ("1,5\n", None, "1 row of numbers"),
+            ("Date,a,b\n1/2/2020,1,5\n1/3/2020,2,6\n", None, "'1/2/2020' is no date that is read"),
+            ("id,t,v\n3,1,5\n3,2,6\n", None, "id is 3 in every row; choose --columns x,y"),
             ("x,y\n1,2\n2,abc\n", None, "x = 2.0 stands 'abc'"),
             (LYNX, "year,fox", "'year,fox' should be x,y .* 1 year, 2 hare, 3 lynx"),
             ("1," * 2**23 + "1", None, "larger than 16 MB")):

@@ -27,7 +27,7 @@ from data.evaluation import encode_for, open_data, report, score, write_json
 from data.rendering import (attention_picture, read_context, render_curve, render_image,
                             render_scene, sample_pictures, scene_context, tabulate_curve, turntable,
                             write_pictures)
-from data.runs import catch_signals, locked, processes, track, truncate_log
+from data.runs import catch_signals, handled, locked, processes, track, truncate_log
 from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, TrainConfig, atomic,
                      check_choice, choose_device, epoch_length, is_main_process, load,
                      make_config, rank_and_world_size, read_checkpoint, to_device, train)
@@ -38,9 +38,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx):
         keep_memory()
-        with contextlib.suppress(ValueError):  # handlers are for the main thread only
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return in_one_line(ctx, super().invoke)
+        with handled({signal.SIGTERM: signal.default_int_handler}):  # as Ctrl-C
+            return in_one_line(ctx, super().invoke)
 
 
 def in_one_line(ctx, invoke):
@@ -136,7 +135,7 @@ LENGTHS = ("steps", "minutes", "epochs")  # of a run
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--smoke", is_flag=True, help="3 steps, or --steps, on a few signals, as a sanity check.")
+@click.option("--smoke", is_flag=True, help="3 steps (or --steps) on a few signals.")
 def train_command(extra, device, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
@@ -371,8 +370,10 @@ def write_numbers(columns: dict, out: str):
                 np.savez(f, **columns)
         else:
             with open(part, "w", encoding="utf-8", newline="") as f:
-                csv.writer(f, lineterminator="\n").writerow(columns)
-                np.savetxt(f, np.stack(list(columns.values()), 1), "%.8g", ",")
+                writer, digits = csv.writer(f, lineterminator="\n"), [15] + [8] * len(columns)
+                writer.writerow(columns)
+                writer.writerows([v if isinstance(v, str) else f"{v:.{n}g}" for v, n in zip(
+                    row, digits)] for row in zip(*columns.values()))
 
 
 @cli.command("encode")

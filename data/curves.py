@@ -3,6 +3,7 @@
 Shapes: B curves, N context points, M targets, D value columns; all tensors are float64.
 """
 
+import contextlib
 import csv
 import itertools
 import math
@@ -135,6 +136,11 @@ def averaged_gp(x, y, xt, noises: tuple = (NOISE,)) -> tuple[Tensor, Tensor]:
 MAX_BYTES, MAX_LINES = 2**24, 2**20
 SWAP_MARKS = str.maketrans(",.", ".,")
 DAY = timedelta(days=1)
+GAPS = {"", *"na n/a #n/a <na> nat null none - -- . ? \u2014".split()}
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")  # 1,234,567.8
+DATE = re.compile(r"(?:(\d\d?)\.(\d\d?)\.(\d{4})|(\d{4})[-/](\d\d?)[-/](\d\d?))(?!\d)")
+CLOCK = re.compile(r"(\d\d?):(\d\d)(?::(\d\d))?")  # in a column of its own
+OTHER_DATE = re.compile(r"\d[/:.-]\w|[^\W\d]{3}.*\d{4}")  # 1/2/2020, Jan 2020, ...
 
 
 class Table(NamedTuple):
@@ -168,24 +174,35 @@ def _split(line: str, delimiter: str | None) -> list[str]:
     return [cell.strip(' \t"') for cell in row]
 
 
-def _value(cell: str, decimal: str) -> float | datetime | str:
-    """A number (NaN in a gap), an ISO date in UTC, or text."""
+def _value(cell: str, decimal: str, quoted: bool = False) -> float | datetime | str:
+    """A number (NaN in a gap), a date in UTC, or text; quoted: 1,234 is no decimal.
+
+    Dates: ISO, unpadded and with slashes too, and day.month.year.
+    """
     try:
-        value = float(cell.translate(SWAP_MARKS) if decimal == "," else cell)
+        number = cell.translate(SWAP_MARKS) if decimal == "," else cell
+        if THOUSANDS.fullmatch(number) and (quoted or "." in number or number.count(",") > 1):
+            number = number.replace(",", "")
+        value = float(number)
         return value if abs(value) < 1e100 else math.nan
     except ValueError:
         pass
     try:
-        date = datetime.fromisoformat(f"{cell}-01" if len(cell) == len("2020-01") else cell)
+        iso = cell.removesuffix(" UTC")
+        if found := DATE.match(iso):
+            day, month, year = found[1] or found[6], found[2] or found[5], found[3] or found[4]
+            iso = f"{year}-{month:0>2}-{day:0>2}" + iso[found.end() :]
+        date = datetime.fromisoformat(f"{iso}-01" if len(iso) == len("2020-01") else iso)
         return date.replace(tzinfo=None) - (date.utcoffset() or 0 * DAY)
     except (ValueError, OverflowError):
-        return math.nan if cell.lower() in ("", "na", "n/a", "null", "none", "-") else cell
+        return math.nan if cell.lower() in GAPS else cell
 
 
 def _rows(lines: list[str], delimiter: str | None, decimal: str) -> list[list]:
     """Values of every line, none in a comment."""
     return [[] if line.lstrip()[:1] in "#%!" else
-            [_value(cell, decimal) for cell in _split(line, delimiter)] for line in lines]
+            [_value(cell, decimal, delimiter == ",") for cell in _split(line, delimiter)]
+            for line in lines]
 
 
 def _is_full(row: list) -> bool:
@@ -200,17 +217,21 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
         rows = _rows(sample, *layout)
         return sum(map(_is_full, rows)), -sum(isinstance(v, str) for row in rows for v in row)
 
-    delimiter, decimal = max(itertools.product((",", ";", "\t", None), ".,"), key=score)
+    delimiter, decimal = max(itertools.product((",", ";", "\t", "|", None), ".,"), key=score)
     rows = _rows(lines, delimiter, decimal)
     full = [i for i, row in enumerate(rows) if _is_full(row)]
     width = Counter([len(rows[i]) for i in full] or [0]).most_common(1)[0][0]
     full = [i for i in full if len(rows[i]) >= width]
+    if delimiter is None:  # nothing says which cell is empty
+        rows = [row if not row or len(row) >= width else [math.nan] for row in rows]
     columns = zip(*(rows[i][:width] for i in full))
     types = [Counter(type(v) for v in column if v == v).most_common(1) for column in columns]
     kinds = {j: top[0][0] for j, top in enumerate(types) if top and top[0][0] is not str}
     if len(kinds) < 2:
-        raise ValueError("no rows of two numbers x,y")
-    first = next(i for i in full if not isinstance(rows[i][min(kinds)], str))
+        raise ValueError("no rows of two numbers x,y; dates are read as 2020-01-31 23:59")
+    first = next(i for i, row in enumerate(rows) if len(row) >= width
+                 and type(x := row[min(kinds)]) is kinds[min(kinds)] and x == x
+                 and not any(isinstance(row[j], str) for j in kinds))
     header = _split(lines[first - 1].lstrip("#%! "), delimiter) if first else []
     spare = ["x", "y"] if width == 2 else [f"column {j + 1}" for j in range(width)]
     names = [a or b for a, b in zip(header, spare)] if len(header) == width else spare
@@ -221,7 +242,9 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
 def _choose(columns: str | None, names: list[str], kinds: dict) -> list[int]:
     """Column numbers from 0 of what `read_table` takes as `columns`."""
     if columns in (None, "all"):
-        return list(kinds) if columns else list(kinds)[:2]
+        date = next((j for j in kinds if kinds[j] is datetime), 0)  # it is x
+        order = sorted(kinds, key=lambda j: (j < date, j))
+        return order if columns else order[:2]
     words = [word.strip() for word in next(csv.reader([columns]), [])]
     known = {str(j + 1): j for j in kinds} | {names[j]: j for j in reversed(kinds)}
     if len(words) < 2 or not known.keys() >= set(words):
@@ -233,8 +256,15 @@ def _choose(columns: str | None, names: list[str], kinds: dict) -> list[int]:
 def _series(lines: list[str], columns: str | None) -> Table:
     rows, names, kinds = _grid(lines)
     chosen, found, left = _choose(columns, names, kinds), [], 0
+    for cell in rows[0][: chosen[0]] if columns in (None, "all") else ():
+        if kinds[chosen[0]] is float and isinstance(cell, str) and OTHER_DATE.search(cell):
+            raise ValueError(f"{cell[:40]!r} is no date that is read; write it as 2020-01-31 or "
+                             "2020-01-31 23:59, or choose --columns x,y")
     for row in filter(None, rows):
         x, *y = (row[j] if j < len(row) else math.nan for j in chosen)
+        beside = row[chosen[0] + 1 :][:1]
+        if isinstance(x, datetime) and beside and (time := CLOCK.fullmatch(str(beside[0]))):
+            x += timedelta(**dict(zip(("hours", "minutes", "seconds"), map(int, time.groups("0")))))
         if type(x) is not kinds[chosen[0]] or x != x or all(v != v for v in y):
             left += 1
         elif all(isinstance(v, float) for v in y):
@@ -248,8 +278,14 @@ def _series(lines: list[str], columns: str | None) -> Table:
     if len(chosen) < len(kinds):
         others = ", ".join(names[j] for j in kinds if j not in chosen)
         notes.append(f"columns that are not read: {others[:200]} (choose by x,y)")
-    origin = min(x for x, _ in found) if kinds[chosen[0]] is datetime else None
+    with contextlib.suppress(ValueError):  # 20200131, if all are such
+        if all(19e6 < x < 21e6 for x, _ in found if isinstance(x, float)):
+            found = [(datetime.strptime(f"{x:.0f}", "%Y%m%d") if isinstance(x, float) else x, y)
+                     for x, y in found]
+    origin = min(x for x, _ in found) if isinstance(found[0][0], datetime) else None
     x = [[(x - origin) / DAY if origin else x] for x, _ in found]
+    if min(x) == max(x):
+        raise ValueError(f"{names[chosen[0]]} is {x[0][0]:g} in every row; choose --columns x,y")
     x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, [y for _, y in found]))
     return Table(x, y.nan_to_num(), ~y.isnan(), names[chosen[0]], [names[j] for j in chosen[1:]],
                  origin, notes)

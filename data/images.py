@@ -47,6 +47,7 @@ class Tree:
         self.stored = {re.sub(r"^(\.?/)+", "", n.replace("\\", "/")): n for n in names}
         self.names = sorted(n for n in self.stored
                             if not n.endswith("/") and not SYSTEM_FILE.search(n))
+        self.folded = {n.lower(): n for n in self.names}
 
     def open_zip(self) -> zipfile.ZipFile:
         if self.zip[0] != os.getpid():  # a fork would share the position in the file
@@ -128,8 +129,8 @@ def read_all(names: list, read, what: str) -> list:
     return [item for item in items if not isinstance(item, Exception)]
 
 
-def load_picture(data: bytes, least: int = 1) -> Image.Image:
-    """An encoded picture as RGB, upright. Errors: as decode."""
+def load_picture(data: bytes, least: int = 1, upright: bool = True) -> Image.Image:
+    """An encoded picture as RGB, upright or as its pixels lie. Errors: as decode."""
     try:
         image = Image.open(io.BytesIO(data + b"\xff\xd9" * ends_early(data)))
         if image.width * image.height > MOST_PIXELS:
@@ -140,7 +141,8 @@ def load_picture(data: bytes, least: int = 1) -> Image.Image:
                              f"{least} patches that the model reads; give a larger picture")
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF: as the pixels lie
-            ImageOps.exif_transpose(image, in_place=True)
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
     except Exception as e:  # pillow's plugins raise whatever the bytes provoke
         raise ValueError(printable(e).partition(" <_io")[0] or type(e).__name__) from e
@@ -213,7 +215,7 @@ def read_photo(path, size: int, least: int = 1) -> tuple[Tensor, tuple[int, int]
     return to_tensor(resized(image, size, "squeeze")), (image.height, image.width)
 
 
-def split_names(names: list[str], split: str) -> tuple[list[str], str]:
+def split_names(names: list[str], split: str, root: str = "") -> tuple[list[str], str]:
     """The names of a split (train, val, test or all), sorted, and in words how the set is divided.
 
     CelebA by its official ids; else by folders train, val, test (training, valid, ...) at any
@@ -226,7 +228,7 @@ def split_names(names: list[str], split: str) -> tuple[list[str], str]:
     if split not in groups:
         raise ValueError(f"split={split!r} is unknown; choose train, val, test or all")
     ids = {n: int(Path(n).stem) for n in names
-           if "img_align_celeba/" in n and Path(n).stem.isdecimal()}
+           if "img_align_celeba/" in f"{root}/{n}" and Path(n).stem.isdecimal()}
     if ids:
         first, last = CELEBA[split]
         return [n for n, i in ids.items() if first <= i <= last], "CelebA's official split"
@@ -278,7 +280,7 @@ class ImageSet(torch.utils.data.Dataset):
         files, sources = [], []
         for tree in map(Tree, paths):
             known = [n for n in tree.names if n.lower().endswith(IMAGE_SUFFIXES)]
-            names, layout = split_names(known, split)
+            names, layout = split_names(known, split, tree.path.name)
             names = names[: -(-limit // len(paths)) or None]
             files += [(tree, name, "all" if path else tree.path.stem) for name in names]
             sources.append(f"{tree.path} ({layout}; {len(names):,} of {len(known):,} pictures)")

@@ -6,6 +6,7 @@ Stands on top of tinyinr.py; data/pictures.py, which draws, knows nothing of mod
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,18 +111,24 @@ def render_curve(model, table, width: int):
 
 
 def tabulate_curve(model, table, points: int) -> dict:
-    """{column: numbers} of a series' prediction in its units: x, mean and std of every value.
+    """{column: numbers} of a series' prediction in its units, at `points` places of each part.
 
-    points: at so many places of each part that the model reads.
+    x, or ISO dates, and of every value the mean, std, and ends of the central 95 %.
     """
     columns = {}
     for *xym, (a, b, c, d) in table_parts(model, table):
         grid, band, _ = curve_band(model, *xym, points)
         columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
-            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d)):
+            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d),
+                            ("lower", (band.mean - 1.96 * band.std) * d + c),
+                            ("upper", (band.mean + 1.96 * band.std) * d + c)):
                 columns.setdefault(f"{name} {kind}", []).append(v[:, j])
-    return {k: torch.cat(v).double().numpy() for k, v in columns.items()}
+    columns = {k: torch.cat(v).double().numpy() for k, v in columns.items()}
+    if table.origin:
+        seconds = (86400 * columns[table.x_name]).round().astype("timedelta64[s]")
+        columns[table.x_name] = (np.datetime64(table.origin, "s") + seconds).astype(str)
+    return columns
 
 
 def read_context(model, path) -> tuple[dict, tuple[int, int]]:

@@ -94,14 +94,22 @@ def track(items, label: str, length: int | None = None):
 
 
 @contextlib.contextmanager
+def handled(handlers: dict):
+    """Handlers {signal: function} while it lasts, in the main thread only."""
+    before = {}
+    with contextlib.suppress(ValueError):  # another thread
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def catch_signals():
     """Give a function that returns the number of the last SIGINT or SIGTERM, 0 if none came."""
-    caught, handlers = [0], {}
-    with contextlib.suppress(ValueError):  # handlers are for the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda n, _: caught.append(n))
-    try:
+    caught = [0]
+    with handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda n, _: caught.append(n))):
         yield lambda: caught[-1]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -82,12 +82,15 @@ def names_in(tree: Tree, folder: str) -> list[str]:
 
 def find_picture(tree: Tree, folder: str, file: str) -> str:
     """The tree's name of a picture: `file` or its last parts below `folder`, suffix or not."""
-    parts = posixpath.normpath(file.replace("\\", "/")).split("/")
-    for part in (parts, parts[-2:], parts[-1:]):
-        name = posixpath.normpath(posixpath.join(folder, *part))
-        for suffix in ("", *IMAGE_SUFFIXES):
-            if name + suffix in tree.stored:
-                return name + suffix
+    parts = posixpath.normpath(file[-1000:].replace("\\", "/")).split("/")
+    for i in range(len(parts)):
+        name = posixpath.normpath(posixpath.join(folder, *parts[i:]))
+        for key in (name + suffix for suffix in ("", *IMAGE_SUFFIXES)):
+            if key in tree.stored or (key := tree.folded.get(key.lower())):
+                return key
+    same = [n for n in names_in(tree, folder) if f"/{n}".lower().endswith(f"/{parts[-1]}".lower())]
+    if len(same) == 1:
+        return same[0]
     raise ValueError(f"picture {file[:200]} is named but absent; restore it or remove its view")
 
 
@@ -111,17 +114,22 @@ def parse_transforms(data: bytes) -> Iterator[View]:
     for frame in meta["frames"]:
         given = meta | frame
         model = str(given.get("camera_model") or "PINHOLE").upper()
-        refuse_lens(model, [given.get(k) or 0 for k in LENS_KEYS], given.get("is_fisheye"))
+        refuse_lens(model, [given.get(k) or 0 for k in LENS_KEYS]
+                    + [*(given.get("distortion_params") or ())], given.get("is_fisheye"))
         if any(given.get("rolling_shutter") or ()):
             raise ValueError("rolling_shutter is not 0; give pictures of a global shutter")
-        fx, *middle, w, h = (None if given.get(k) is None else float(given[k])
+        fx, fy, *middle, w, h = (None if given.get(k) is None else float(given[k])
                              for k in CAMERA_KEYS)
         h = h if w else None
         if fx is None:
+            if not w and middle != [None, None]:
+                raise ValueError("cx, cy without w, h; add them")
             w = w or 1.0
             fx = w * angle_to_focal(float(given["camera_angle_x"]))
+            if given.get("camera_angle_y") and h:
+                fy = h * angle_to_focal(float(given["camera_angle_y"]))
         pose = np.asarray(frame["transform_matrix"], np.float64)
-        yield View(str(frame.get("file_path")), pose, fx, *middle, w, h)
+        yield View(str(frame.get("file_path")), pose, fx, fy, *middle, w, h)
 
 
 def read_transforms(tree: Tree, folder: str, markers: list[str]) -> Iterator[View]:
@@ -312,14 +320,14 @@ def read_scene(tree: Tree, name: str, size: int, max_views: int = 0) -> Scene:
     images, focals, cropped = [], [], 0
     for view, file in zip(views[: max_views or None], files):
         with naming(file):
-            picture = load_picture(tree.read(file))
+            picture = load_picture(tree.read(file), upright=False)
             box, focal = square_around(view, *picture.size, size)
         cropped += box[2] - box[0] < max(picture.size) - 1
         square = picture.resize((size, size), Image.Resampling.BILINEAR, box)
         images.append(to_tensor(np.array(square)))
         focals.append(focal)
     notes = [f"{cropped} views cropped to squares around the principal point"] * (cropped > 0)
-    if scale != 1:
+    if scale != 1 or origin.any():
         notes.append("recentred on ({:.3g}, {:.3g}, {:.3g})".format(*origin)
                      + f" and scaled by {scale:.4g} to a mean camera distance of {RADIUS:g}")
     poses[..., 3] = (poses[..., 3] - origin) * scale
