@@ -2542,11 +2542,11 @@ def test_posterior_and_joint_likelihood_by_numpy(kernel, n, m, x0, y1, formula):
     assert (context, x.shape, y.shape) == (n, *2 * ((16, n + m, 1),))
     assert (x[0, 0].item(), y[-1, -1].item()) == pytest.approx((x0, y1), abs=2e-6)
     seen, asked = (x[:, :n], y[:, :n]), x[:, n:]
-    mean, std = curves.gp_posterior(kernel, *seen, asked, hyper)
-    joint = curves.joint_log_likelihood(kernel, *seen, asked, y[:, n:], hyper)
+    mean, std = curves.gp_posterior(kernel, *seen, asked, hyper, 0.05)
+    joint = curves.joint_log_likelihood(kernel, *seen, asked, y[:, n:], hyper, 0.05)
     for b, (length, scale, period) in enumerate(torch.cat(hyper, 2)[:, 0].tolist()):
         distance = (x[b] - x[b].T).abs().numpy()
-        k = scale**2 * formula(distance, length, period) + 0.02**2 * np.eye(n + m)
+        k = scale**2 * formula(distance, length, period) + 0.05**2 * np.eye(n + m)
         gain = k[n:, :n] @ np.linalg.inv(k[:n, :n])
         want, cov = gain @ y[b, :n, 0].numpy(), k[n:, n:] - gain @ k[:n, n:]
         np.testing.assert_allclose(mean[b, :, 0], want, rtol=1e-5, atol=1e-6)
