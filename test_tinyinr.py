@@ -1,8 +1,8 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
-python -m pytest -q                              # all, in minutes
-python test_tinyinr.py --device cuda             # all, the commands on that device
-python test_tinyinr.py --thorough -k thoroughly  # fuzzing at full length
+python -m pytest -q                            # all, in minutes
+DEVICE=cuda python -m pytest -q                # the commands on that device
+DAMAGED=15000 python -m pytest -qs -k damaged  # so many damaged files of every kind
 """
 
 import ast
@@ -55,6 +55,7 @@ from tinyinr import ModelConfig, TrainConfig, build, make_config
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent
 PARITY = ROOT / "data" / "parity"
+DEVICE, DAMAGED = os.environ.get("DEVICE", "cpu"), int(os.environ.get("DAMAGED", 40))
 TASKS, MODELS = ("image", "nvs", "gp"), ("transinr", "vnp")
 CELLS = [*product(TASKS, MODELS)]
 GRID = {"image": 8, "nvs": 6, "gp": 48}  # of the tiny models: a factor of 2, 2 and 1
@@ -110,35 +111,11 @@ def close(got, want, tol=1e-5):
 
 def run(*args, code=0, program=tinyinr.cli):
     """A command line in this process: its output, after a check of the exit code."""
-    result = CliRunner().invoke(program, [str(a) for a in args], default_map=DEFAULTS)
+    defaults = {command: {"device": DEVICE} for command in tinyinr.cli.commands}
+    result = CliRunner().invoke(program, [str(a) for a in args], default_map=defaults)
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result.output
-
-
-def pytest_addoption(parser):
-    """The options of `python test_tinyinr.py`."""
-    parser.addoption("--thorough", action="store_true", help="the tests called so, at full length")
-    parser.addoption("--device", default="cpu", help="where the commands run: cpu, cuda or mps")
-
-
-DEFAULTS = {}  # {command: {option: value}} where a test gives none
-
-
-@pytest.fixture(autouse=True, scope="session")
-def device_of_commands(request):
-    """--device, for every command that has such an option."""
-    name = request.config.getoption("--device", "cpu")
-    for command in tinyinr.cli.commands.values():
-        if any(p.name == "device" for p in command.params):
-            DEFAULTS[command.name] = {"device": name}
-
-
-@pytest.fixture
-def length(request):
-    """length(short, long): how far a test goes, in the suite and with --thorough."""
-    thorough = request.config.getoption("--thorough", False)
-    return lambda short, long: long if thorough else short
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +253,8 @@ def test_depths_are_even_jittered_and_per_signal():
 
 def test_renderer_equals_a_naive_loop():
     """Ray by ray and point by point, as the formula in [1] reads."""
-    rgb, sigma = rand(2, 5, 17, 3), 9 * rand(2, 5, 17, seed=1)
+    rgb = rand(2, 5, 17, 3)
+    sigma = torch.tensor([9.0, 0.3]).view(2, 1, 1) * rand(2, 5, 17, seed=1)  # opaque, and thin
     z = 2 + rand(2, 5, 17, seed=2).cumsum(-1)
     color, depth, opacity = tinyinr.volume_render(rgb, sigma, z, background=0.7)
     for at in product(range(2), range(5)):
@@ -924,14 +902,14 @@ def train_args(task, name, folder, *extra):
     pairs = SIZES | dict(batch_size=4, n_queries=16, merge=1, grid=GRID[task])
     data = {"image": lambda: ("--data", photos(folder / "photos", 12)), "gp": tuple,
             "nvs": lambda: ("--data", balls(folder / "scenes", "0123", "45"))}[task]()
-    where = ("--device", DEFAULTS["train"]["device"])  # for processes of their own
+    where = ("--device", DEVICE)  # for processes of their own
     return ("train", "--task", task, "--model", name, *where, *data,
             *(v for k, value in pairs.items() for v in ("--set", f"{k}={value}")), *extra)
 
 
 def start(*args, processes=0):
     """The command line in a process of its own, or in several by torchrun."""
-    if DEFAULTS["train"]["device"] == "cuda" and processes > torch.cuda.device_count():
+    if DEVICE == "cuda" and processes > torch.cuda.device_count():
         pytest.skip(f"{processes} processes need a GPU each")
     by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *by * bool(processes), str(ROOT / "tinyinr.py"), *map(str, args)]
@@ -1158,7 +1136,7 @@ def test_validation_is_the_loss_and_psnr_of_held_out_batches(trained):
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
     """Stopped after three of six steps, saved, begun anew and gone on with."""
     data = images.ImageSet(trained.data, "train", 16, trained.configs[1].zoom)
-    half, device = None, tinyinr.choose_device(DEFAULTS["train"]["device"])
+    half, device = None, tinyinr.choose_device(DEVICE)
     with torch.enable_grad():
         for first in (0, 3):
             training = tinyinr.Run(*trained.configs, device, half)
@@ -1336,7 +1314,7 @@ def hostile(kind, folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_damaged_files_are_read_or_refused_thoroughly(kind, tmp_path, length):
+def test_damaged_files_are_read_or_refused(kind, tmp_path):
     """Whatever the bytes: a result of finite numbers, or a ValueError or OSError with words, soon,
     and no file."""
     (good, file, read), rng, refused = hostile(kind, tmp_path), random.Random(kind), 0
@@ -1344,7 +1322,7 @@ def test_damaged_files_are_read_or_refused_thoroughly(kind, tmp_path, length):
         file.write_bytes(data)
         read()
     before = sorted(tmp_path.rglob("*"))
-    for _ in range(length(40, 15_000)):
+    for _ in range(DAMAGED):
         file.write_bytes(damaged(rng.choice(good), rng))
         start = time.monotonic()
         try:
@@ -1355,7 +1333,7 @@ def test_damaged_files_are_read_or_refused_thoroughly(kind, tmp_path, length):
             refused += 1
         assert time.monotonic() - start < 20
     assert refused and sorted(tmp_path.rglob("*")) == before
-    print(kind, length(40, 15_000), "inputs,", refused, "refused")
+    print(kind, DAMAGED, "inputs,", refused, "refused")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -2726,7 +2704,3 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
     assert wide - two == pytest.approx(3 * 2 * cfg.depth * 2 * n_tokens * 8 * cfg.dim * 2)
     assert rows[1]["share"] == pytest.approx(two / 0.5 / (2 * 2048**3 / 0.5))
     assert (rows[1]["step_ms"], rows[1]["decode_per_s"], rows[1]["signals_per_s"]) == (500, 24, 4)
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
