@@ -1107,7 +1107,7 @@ def trained(tmp_path_factory):
     args, out = train_args("image", "transinr", folder, "--steps", 6), folder / "run"
     with torch.enable_grad():
         run(*args, "--out", out)
-    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    ckpt = tinyinr.read_checkpoint(out / "ckpt.pt")
     return SimpleNamespace(args=args, data=folder / "photos", out=out, ckpt=ckpt, configs=(
         ModelConfig(**ckpt["config"]), TrainConfig(**ckpt["recipe"])))
 
@@ -1134,7 +1134,7 @@ def test_validation_is_the_loss_and_psnr_of_held_out_batches(trained):
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
-    """Stopped after three of six steps, saved, begun anew and gone on with."""
+    """Saved after three of six steps, begun anew and gone on with."""
     data = images.ImageSet(trained.data, "train", 16, trained.configs[1].zoom)
     half, device = None, tinyinr.choose_device(DEVICE)
     with torch.enable_grad():
@@ -1255,8 +1255,6 @@ def test_optimization_equals_a_plain_adam_loop():
             adam.step()
         for k in code:
             torch.testing.assert_close(refined[k][b : b + 1], one[k].detach(), atol=1e-4, rtol=1e-3)
-    error = lambda c: (model.decode(c, query).mean - values).square().mean((1, 2))
-    assert (error(tinyinr.optimize(model, code, context, 20, lr=1e-2)) < error(code)).all()
 
 
 # ------------------------------------------------------------------------- hostile input
