@@ -2042,9 +2042,10 @@ def served(ort_web, exported):
         cfg = exported_model(folder, name).cfg
         n, size = cfg.n_views, cfg.image_size
         data = SimpleNamespace(
-            pixels=(rand(1, 3, size, size) * 255).byte(),
             images=(rand(n, 3, size, size) * 255).byte(),
             poses=poses(n), focals=torch.full((n, 2), 1.2 * size))
+        if cfg.task == "image":
+            data = {(0, 0): (data.images[0], None)}
         page.write(folder / f"{name}.html", cfg, data, ort_web)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -229,7 +229,7 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
     kinds = {j: top[0][0] for j, top in enumerate(types) if top and top[0][0] is not str}
     if len(kinds) < 2:
         raise ValueError("no rows of two numbers x,y; dates are read as 2020-01-31 23:59")
-    first = next(i for i, row in enumerate(rows) if len(row) >= width
+    first = next(i for i, row in enumerate(rows) if len(row) == width
                  and type(x := row[min(kinds)]) is kinds[min(kinds)] and x == x
                  and not any(isinstance(row[j], str) for j in kinds))
     header = _split(lines[first - 1].lstrip("#%! "), delimiter) if first else []
