@@ -130,7 +130,10 @@ def read_all(names: list, read, what: str) -> list:
 
 
 def load_picture(data: bytes, least: int = 1, upright: bool = True) -> Image.Image:
-    """An encoded picture as RGB, upright or as its pixels lie. Errors: as decode."""
+    """An encoded picture of any kind as RGB on white, upright or as its pixels lie.
+
+    Errors: ValueError for what cannot be read, a side under `least` pixels, or too many pixels.
+    """
     try:
         image = Image.open(io.BytesIO(data + b"\xff\xd9" * ends_early(data)))
         if image.width * image.height > MOST_PIXELS:
@@ -172,9 +175,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, size: int, fit: str = "crop") -> np.ndarray:
-    """An RGB picture, resized as decode says -> (H, W, 3) uint8."""
-    if fit not in ("crop", "short", "squeeze"):
-        raise ValueError(f"fit={fit!r} is unknown; choose crop, short or squeeze")
+    """An RGB picture -> (H, W, 3) uint8 of another size.
+
+    fit: "crop" (the short side becomes `size`, of it the centre square), "short" (the same without
+    the crop) or "squeeze" (both sides become `size`). Antialiased bilinear as in torchvision; a
+    smaller picture is enlarged bicubically. Errors: ValueError for too long a strip.
+    """
     short, box = min(image.size), None
     width, height = (size if fit == "squeeze" else size * n // short for n in image.size)
     if width * height > MOST_PIXELS:
@@ -185,18 +191,6 @@ def resized(image: Image.Image, size: int, fit: str = "crop") -> np.ndarray:
         width, height, box = size, size, (x, y, x + short, y + short)
     kernel = Image.Resampling.BILINEAR if size <= short else Image.Resampling.BICUBIC
     return np.array(image.resize((width, height), kernel, box))
-
-
-def decode(data: bytes, size: int | None = None, fit: str = "crop", least: int = 1) -> np.ndarray:
-    """Encoded picture of any kind -> (H, W, 3) uint8, upright, transparency on white.
-
-    size None: as it is. fit: "crop" (the short side becomes `size`, of it the centre square),
-    "short" (the same without the crop) or "squeeze" (both sides become `size`). Antialiased
-    bilinear as in torchvision; a smaller picture is enlarged bicubically. Errors: ValueError for
-    what cannot be read, a side under `least` pixels, or too many pixels before or after.
-    """
-    image = load_picture(data, least)
-    return np.array(image) if size is None else resized(image, size, fit)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
