@@ -278,10 +278,9 @@ def _series(lines: list[str], columns: str | None) -> Table:
     if len(chosen) < len(kinds):
         others = ", ".join(names[j] for j in kinds if j not in chosen)
         notes.append(f"columns that are not read: {others[:200]} (choose by x,y)")
-    with contextlib.suppress(ValueError):  # 20200131, if all are such
-        if all(19e6 < x < 21e6 for x, _ in found if isinstance(x, float)):
-            found = [(datetime.strptime(f"{x:.0f}", "%Y%m%d") if isinstance(x, float) else x, y)
-                     for x, y in found]
+    if kinds[chosen[0]] is float and all(19e6 < x < 21e6 for x, _ in found):
+        with contextlib.suppress(ValueError):  # 20200131, if all are such
+            found = [(datetime.strptime(f"{x:.0f}", "%Y%m%d"), y) for x, y in found]
     origin = min(x for x, _ in found) if isinstance(found[0][0], datetime) else None
     x = [[(x - origin) / DAY if origin else x] for x, _ in found]
     if min(x) == max(x):

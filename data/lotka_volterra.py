@@ -15,7 +15,11 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import tinyinr  # noqa: E402
 from data.commands import Commands  # noqa: E402
+from data.curves import read_table, standardise  # noqa: E402
+from data.evaluation import mixture, mixture_log_likelihood, sample_curves  # noqa: E402
+from tinyinr import Prediction, log_likelihood  # noqa: E402
 
 YEARS, BURN_IN, STEPS = 91, 10, 45  # 1845 to 1935; years before them; steps of a year
 TASKS = ("interpolation", "forecasting", "reconstruction")
@@ -65,9 +69,6 @@ def task_scores(model, table, task: str, count: int, samples: int = 50, seed: in
     log of the mean density over `samples` latents, of every target alone. x is standardised by the
     whole table, y by the context alone. mae: mean absolute error, in units of the table.
     """
-    from data.curves import standardise
-    from data.evaluation import mixture, mixture_log_likelihood, sample_curves
-    from tinyinr import Prediction, log_likelihood
     gen, rows = torch.Generator().manual_seed(seed), []
     for part in hidden(task, table.x, count, gen).split(16):
         target = part & table.mask
@@ -110,8 +111,6 @@ def simulate_command(out_folder, count, seed):
 @click.option("--count", type=click.IntRange(min=1), default=256, show_default=True)
 def score_command(ckpt, tables, count):
     """Score a checkpoint on the three tasks: log-likelihood of a target, mean over the tables."""
-    import tinyinr
-    from data.curves import read_table
     model = tinyinr.load(ckpt)
     if model.cfg.task != "gp" or model.cfg.n_values != 2:
         raise ValueError(f"{ckpt}: not a model of curves of two values; train one with --task gp "

@@ -14,7 +14,7 @@ from data import curves, images, pictures
 from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
                              scene_cases)
 from data.runs import track
-from tinyinr import (WINDOW, Prediction, atomic, camera_rays, mean_latents, generator, look_at,
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, look_at, mean_latents,
                      pixel_grid, predict, select_queries, to_device)
 
 
@@ -105,7 +105,7 @@ def render_curve(model, table, width: int):
     plots = []
     for *xym, units in table_parts(model, table):
         plots += plot_context(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
-                             table.x_name, table.y_names, table.origin)
+                              table.x_name, table.y_names, table.origin)
     columns = math.isqrt(len(plots) - 1) + 1
     return pictures.image_grid([plots[i : i + columns] for i in range(0, len(plots), columns)])
 

@@ -101,10 +101,10 @@ def refuse_lens(model: str, distortion, fisheye=False):
                          " undistort the pictures first, as with `colmap image_undistorter`")
 
 
-def angle_to_focal(angle: float) -> float:
-    """A horizontal field of view in rad -> focal length in widths of the picture."""
+def angle_to_focal(angle: float, name: str = "camera_angle_x") -> float:
+    """A field of view in rad across a side of the picture -> focal length in such sides."""
     if not 1e-3 < angle < math.pi - 1e-3:
-        raise ValueError(f"camera_angle_x={angle:g} must be in (0, pi)")
+        raise ValueError(f"{name}={angle:g} must be in (0, pi)")
     return 0.5 / math.tan(0.5 * angle)
 
 
@@ -114,12 +114,12 @@ def parse_transforms(data: bytes) -> Iterator[View]:
     for frame in meta["frames"]:
         given = meta | frame
         model = str(given.get("camera_model") or "PINHOLE").upper()
-        refuse_lens(model, [given.get(k) or 0 for k in LENS_KEYS]
-                    + [*(given.get("distortion_params") or ())], given.get("is_fisheye"))
+        lens = *(given.get(k) or 0 for k in LENS_KEYS), *(given.get("distortion_params") or ())
+        refuse_lens(model, lens, given.get("is_fisheye"))
         if any(given.get("rolling_shutter") or ()):
             raise ValueError("rolling_shutter is not 0; give pictures of a global shutter")
         fx, fy, *middle, w, h = (None if given.get(k) is None else float(given[k])
-                             for k in CAMERA_KEYS)
+                                 for k in CAMERA_KEYS)
         h = h if w else None
         if fx is None:
             if not w and middle != [None, None]:
@@ -127,7 +127,7 @@ def parse_transforms(data: bytes) -> Iterator[View]:
             w = w or 1.0
             fx = w * angle_to_focal(float(given["camera_angle_x"]))
             if given.get("camera_angle_y") and h:
-                fy = h * angle_to_focal(float(given["camera_angle_y"]))
+                fy = h * angle_to_focal(float(given["camera_angle_y"]), "camera_angle_y")
         pose = np.asarray(frame["transform_matrix"], np.float64)
         yield View(str(frame.get("file_path")), pose, fx, fy, *middle, w, h)
 
