@@ -1094,6 +1094,10 @@ def test_device_choices(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
         device = tinyinr.choose_device("auto")
         assert (device.name, device.dtype) == want
+        with device.tf32():
+            inside = torch.get_float32_matmul_precision()
+        assert inside == ("high" if device.name == "cuda" else "highest")
+        assert torch.get_float32_matmul_precision() == "highest"  # a caller's products stay fp32
     with pytest.raises(ValueError, match="cuda.*cpu or auto"):
         tinyinr.choose_device("cuda")
 

@@ -1664,6 +1664,17 @@ class Device:
     def autocast(self):
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
 
+    @contextlib.contextmanager
+    def tf32(self):
+        """TF32 for the products that autocast leaves in fp32, on a GPU, inside this block alone."""
+        before = torch.get_float32_matmul_precision()
+        if self.name == "cuda":
+            torch.set_float32_matmul_precision("high" if self.dtype else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def attention(self, n_tokens: int):
         """Plain matrix products beat a CPU's fused kernel in bf16 at few tokens (measured)."""
         plain = self.name == "cpu" and self.dtype is not None and n_tokens < 400
@@ -1782,8 +1793,6 @@ class Run:
         self.cfg, self.recipe, self.device = cfg, recipe, device or choose_device("cpu")
         self.step, self.elapsed, self.data = 0, 0.0, ""
         torch.manual_seed(recipe.seed)
-        if self.device.name == "cuda":  # TF32, process-wide: who predicts sets "highest" again
-            torch.set_float32_matmul_precision("high" if self.device.dtype else "highest")
         self.model = build(cfg).to(self.device.name)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
@@ -1811,8 +1820,9 @@ class Run:
         kl_weight = recipe.kl_weight * min(1.0, progress / 0.05)
         for i in range(recipe.grad_accum_steps):
             *piece, eps = (micro_batch(v, i, recipe.grad_accum_steps) for v in (*batch, noise))
-            losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
-            losses[0].backward()
+            with self.device.tf32():
+                losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
+                losses[0].backward()
             sums = sums + losses.detach()
         all_reduce_mean([p.grad for p in self.params])
         if recipe.grad_clip:

@@ -254,8 +254,6 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         name = signal.Signals(ended).name
         return click.echo(f"{name}: saved step {run.step}; go on with\n  {again}")
     run.model.eval()
-    if device.name == "cuda":
-        torch.set_float32_matmul_precision("highest")
     if is_main_process():
         write_pictures([sample_pictures(run.model, val_set)], out / "samples.png")
     count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
