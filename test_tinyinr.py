@@ -968,6 +968,7 @@ def test_one_process_leaves_the_same_file_again_and_two_learn_it(task, name, pie
         keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
         close(b["model"][key][keep], value[keep])
     assert together.count("minutes; val split:") == 1  # one writer
+    assert together.count("masked is for image") == (task != "image")  # and of no use
     scores = [[float(v) for v in re.findall(r" (-?\d+\.\d\d)\b", text.split("val split:")[1])]
               for text in (alone, together)]
     assert scores[0] and scores[0] == pytest.approx(scores[1], abs=0.011)

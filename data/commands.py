@@ -115,6 +115,13 @@ def banner(run: Run):
 
 
 LENGTHS = ("steps", "minutes", "epochs")  # of a run
+FIELDS = {  # that one task or model alone reads
+    "image": "masked merge out_bias flip random_crop zoom min_seen whole",
+    "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
+           "train_views",
+    "gp": "n_values n_convs kernel",
+    "transinr": "inr_depth inr_width n_groups",
+    "vnp": "cross_depth cross_heads cross_ff n_blocks hidden latent latent_pool kl_weight"}
 
 
 @cli.command("train")
@@ -162,7 +169,18 @@ def train_command(extra, device, out, resume, overwrite, smoke, **options):
         raise ValueError("steps, minutes and epochs are all 0; give one of them")
     device = choose_device(device, recipe.precision)
     with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
+        note_unused(cfg, given)
         run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
+
+
+def note_unused(cfg: ModelConfig, given: dict):
+    """Say which of the given fields the run does not read."""
+    for used_by, names in FIELDS.items():
+        for name in given.keys() & names.split():
+            if used_by not in (cfg.task, cfg.model):
+                click.echo(f"note: {name} is for {used_by}; a {cfg.model} on {cfg.task} ignores it")
+    if "kernel" in given and given.get("data"):
+        click.echo("note: kernel is for curves that are drawn; --data gives others")
 
 
 def parse_fields(pairs) -> dict:
