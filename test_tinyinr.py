@@ -2569,10 +2569,21 @@ def test_the_generator_picks_one_of_all_kernels():
         assert all(map(torch.equal, got[:2], want)) and got[2] is None
 
 
+def test_the_lengths_of_a_part_of_the_curves_go_down():
+    (plain, *others), (length, *same) = (
+        curves.draw_curves("rbf", 4000, 3, tinyinr.generator(0), rough)[3] for rough in (0.0, 0.2))
+    assert all(map(torch.equal, others, same)) and plain.min() >= 0.1
+    rough = length < 0.1
+    assert torch.equal(length[~rough], plain[~rough])
+    assert rough.double().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert length[rough].min() >= 0.002 and length[rough].log().quantile(0.5).exp().item() == (
+        pytest.approx((0.002 * 0.1) ** 0.5, rel=0.2))
+
+
 @pytest.mark.parametrize("kernel", curves.KERNELS)
 def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
-    x, y, _, posterior = curves.sampler(kernel)(3, 12, tinyinr.generator(5))
-    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[3]
+    x, y, _, posterior = curves.sampler(kernel, 0.3)(3, 12, tinyinr.generator(5))
+    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5), 0.3)[3]
     n = torch.tensor([[2], [5], [9]])
     mean, var = posterior(torch.arange(12) < n)
     for i, k in enumerate(n.flatten()):

@@ -119,7 +119,7 @@ FIELDS = {  # that one task or model alone reads
     "image": "masked merge out_bias flip random_crop zoom min_seen whole",
     "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
            "train_views",
-    "gp": "n_values n_convs kernel",
+    "gp": "n_values n_convs kernel rough",
     "transinr": "inr_depth inr_width n_groups",
     "vnp": "cross_depth cross_heads cross_ff n_blocks hidden latent latent_pool kl_weight"}
 
@@ -179,8 +179,8 @@ def note_unused(cfg: ModelConfig, given: dict):
         for name in given.keys() & names.split():
             if used_by not in (cfg.task, cfg.model):
                 click.echo(f"note: {name} is for {used_by}; a {cfg.model} on {cfg.task} ignores it")
-    if "kernel" in given and given.get("data"):
-        click.echo("note: kernel is for curves that are drawn; --data gives others")
+    for name in given.keys() & {"kernel", "rough"} if given.get("data") else ():
+        click.echo(f"note: {name} is for curves that are drawn; --data gives others")
 
 
 def parse_fields(pairs) -> dict:
@@ -226,8 +226,8 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
     """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
     if cfg.task == "gp":
         size = 100_000
-        train_set, val_set = (data.draw if data else curves.sampler(recipe.kernel)
-                              for data in (train_set, val_set))
+        train_set, val_set = (data.draw if data else curves.sampler(recipe.kernel, rough) for
+                              data, rough in ((train_set, recipe.rough), (val_set, 0.0)))
     else:
         size = len(train_set)
     plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
