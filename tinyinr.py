@@ -317,7 +317,7 @@ def sample_depths(rays_o: Tensor, near, far, n_points: int, jitter=None) -> Tens
     steps = torch.arange(n_points, dtype=rays_o.dtype, device=rays_o.device)
     steps = steps if jitter is None else steps + jitter
     z_vals = near + (far - near) * steps / (n_points - 1)
-    return z_vals.expand(*rays_o.shape[:2], n_points)
+    return z_vals + torch.zeros_like(rays_o[..., :1])  # of every ray and signal
 
 
 def to_fp32(x: Tensor) -> Tensor:
@@ -353,14 +353,18 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, bias: Tensor | None = None) -> Tensor:
+def attend(q, k, v, n_heads: int, bias: Tensor | None = None, fused: bool = True) -> Tensor:
     """Multi-head attention of queries (B, M, E) over keys and values (B, T, E): (B, M, E).
 
-    bias (n_heads, M, T) is added to the logits.
+    bias (n_heads, M, T) is added to the logits. fused: by a kernel without a second derivative.
     """
     q, k, v = (t.unflatten(-1, (n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, ., E/h)
-    bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    if fused:
+        bias = None if bias is None else bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        out = (q @ k.mT * q.shape[-1] ** -0.5 + (0 if bias is None else bias)).softmax(-1) @ v
+    return out.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -394,9 +398,9 @@ class CrossBlock(nn.Module):
         for layer in (self.q, self.kv, self.out):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, f, e, tokens):  # features and embedded coordinates (B, K, D), (B, T, D)
-        k, v = self.kv(tokens).chunk(2, -1)
-        f = self.norm1(f + self.out(attend(self.q(f + e), k, v, self.n_heads)))
+    def forward(self, f, e, tokens, fused=True):  # features, embedded coordinates (B, K, D)
+        k, v = self.kv(tokens).chunk(2, -1)  # (B, T, D)
+        f = self.norm1(f + self.out(attend(self.q(f + e), k, v, self.n_heads, fused=fused)))
         return self.norm2(f + self.ff(f))
 
 
@@ -659,7 +663,7 @@ class Curve(Signal):
 SIGNALS = {"image": Image, "nvs": Scene, "gp": Curve}
 
 
-# ------------------------------------------------------------------------- TransINR
+# ------------------------------------------------------------------------- both models
 
 
 def frequencies(n: int, top: float) -> Tensor:
@@ -674,6 +678,39 @@ def positional_encoding(x: Tensor, freqs: Tensor, scale: float = 1.0) -> Tensor:
     """
     angles = scale * (to_fp32(x).unsqueeze(-1) * freqs).flatten(-2)
     return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class Model(nn.Module):
+    """What both papers' models share: context --encode--> code --decode(query)--> Prediction.
+
+    A subclass has encode(context) and raw_field(code, query, eps, z): raw values (B, K, C) at the
+    query's points, the points (B, K, .), and z_vals (B, R, P) of rays, else None.
+    """
+
+    def __init__(self, cfg: ModelConfig, signal=None):
+        super().__init__()
+        self.cfg, self.signal = cfg, signal or SIGNALS[cfg.task](cfg)
+        self.register_buffer("freqs", frequencies(cfg.n_freqs, cfg.freq_top), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """A cast to half precision leaves the frequencies and a grid's axis in fp32."""
+        before = {k: b for k, b in self.named_buffers() if k in ("freqs", "axis")}
+        super()._apply(fn, recurse)
+        for k, exact in before.items():
+            if getattr(self, k).itemsize < 4:
+                setattr(self, k, exact.to(getattr(self, k).device))
+        return self
+
+    def forward(self, context: dict, query: dict, eps=None) -> Prediction:
+        """Encode and decode in one call."""
+        return self.decode(self.encode(context), query, eps)
+
+    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
+        """Values (B, M, C) at the query; of a VNP with latents z, or those that noise eps gives."""
+        return self.signal.to_prediction(*self.raw_field(code, query, eps, z))
+
+
+# ------------------------------------------------------------------------- TransINR
 
 
 def inr(code: dict[str, Tensor], x: Tensor, freqs=None, out_bias=None, h0=0.0) -> Tensor:
@@ -709,12 +746,11 @@ def weight_head(dim: int, n: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, n))
 
 
-class TransINR(nn.Module):
+class TransINR(Model):
     """A Transformer over data tokens and learned weight tokens generates an MLP ([1] Sec. 3)."""
 
     def __init__(self, cfg: ModelConfig, signal=None):
-        super().__init__()
-        self.cfg, self.signal = cfg, signal or SIGNALS[cfg.task](cfg)
+        super().__init__(cfg, signal)
         widths = [2 * self.signal.coord_dim * cfg.n_freqs] + [cfg.inr_width] * (cfg.inr_depth - 1)
         names = [f"wb{i}" for i in range(cfg.inr_depth)]
         names[-1] = self.signal.last_layer or names[-1]
@@ -730,11 +766,6 @@ class TransINR(nn.Module):
                                       for name, (n, out) in self.shapes.items()})
         for wb in self.base.values():  # the usual start of a linear layer, bias included
             nn.init.uniform_(wb, -(wb.shape[0] - 1) ** -0.5, (wb.shape[0] - 1) ** -0.5)
-        self.register_buffer("freqs", frequencies(cfg.n_freqs, cfg.freq_top), persistent=False)
-
-    def forward(self, context: dict, query: dict) -> Prediction:
-        """Encode and decode in one call."""
-        return self.decode(self.encode(context), query)
 
     def transform(self, context: dict) -> tuple[Tensor, Tensor]:
         """The Transformer's outputs at the data tokens and at the weight tokens, (B, ., D)."""
@@ -764,13 +795,9 @@ class TransINR(nn.Module):
         return inr(layers, points, self.freqs, self.signal.out_bias, h0)
 
     def raw_field(self, code: dict, query: dict, eps=None, z=None):
-        """Raw values (B, K, C) at the query's points, the points (B, K, .), z_vals or None."""
+        """As in Model; there are no latents: eps and z are ignored."""
         points, z_vals = self.signal.points(query)
         return self.field(code, points), points, z_vals
-
-    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
-        """Code and query -> values (B, M, C); a TransINR has no latents: eps and z are ignored."""
-        return self.signal.to_prediction(*self.raw_field(code, query))
 
 
 # ------------------------------------------------------------------------- VNP
@@ -846,7 +873,7 @@ class LatentBlock(nn.Module):
         return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
 
 
-class VNP(nn.Module):
+class VNP(Model):
     """Bottleneck encoder and hierarchical latent modulated decoder ([2] Sec. 3).
 
     eps (L, B, 1, Z) is the unit Gaussian noise of the latents; None: zeros, the prior's mean.
@@ -854,8 +881,7 @@ class VNP(nn.Module):
     """
 
     def __init__(self, cfg: ModelConfig, signal=None):
-        super().__init__()
-        self.cfg, self.signal = cfg, signal or SIGNALS[cfg.task](cfg)
+        super().__init__(cfg, signal)
         s, dim = self.signal, cfg.dim
         self.tokenizer = s.tokenizer()
         self.transformer = nn.Sequential(*(
@@ -868,11 +894,6 @@ class VNP(nn.Module):
             LatentBlock(dim, cfg.hidden, cfg.latent, s.field_dim, s.value_dim)
             for _ in range(cfg.n_blocks))
         self.head = mlp(dim, dim, s.out_dim)
-        self.register_buffer("freqs", frequencies(cfg.n_freqs, cfg.freq_top), persistent=False)
-
-    def forward(self, context: dict, query: dict, eps=None) -> Prediction:
-        """Encode and decode in one call."""
-        return self.decode(self.encode(context), query, eps)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
         """Context -> tokens (B, T, D), and the set that the prior is averaged over as pool_*."""
@@ -889,12 +910,8 @@ class VNP(nn.Module):
         """
         return self.infer_latents(code, query, eps, target)[:2]
 
-    def decode(self, code: dict, query: dict, eps=None, z=None) -> Prediction:
-        """Values (B, M, C) at the query, with latents z, or with those that noise eps gives."""
-        return self.signal.to_prediction(*self.raw_field(code, query, eps, z))
-
     def raw_field(self, code: dict, query: dict, eps=None, z=None):
-        """Raw values (B, K, C) at the query's points, the points (B, K, .), z_vals or None."""
+        """As in Model, with latents z, or with those that noise eps gives."""
         z = self.latents(code, query, eps)[0] if z is None else z
         points, z_vals = self.signal.points(query)
         f, e = self.features(code["tokens"], points)
@@ -912,10 +929,8 @@ class VNP(nn.Module):
         x = positional_encoding(points, self.freqs, self.signal.angle_scale).to(tokens.dtype)
         e = self.embed(x).expand(len(tokens), -1, -1)
         f = self.initial_features(tokens, points, e)
-        twice = points.requires_grad  # fused attention has no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
-            for block in self.cross:
-                f = block(f, e, tokens)
+        for block in self.cross:  # plain attention where a caller may ask for second derivatives
+            f = block(f, e, tokens, fused=not points.requires_grad)
         return self.enhance(f), e
 
     def initial_features(self, tokens, points, e) -> Tensor:
@@ -1418,7 +1433,7 @@ def load(path, device="cpu") -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             model = build(cfg)
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, ValueError) as e:
+    except (LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint of tinyinr, TransINR or VNP ({reason})") from e
     return model.to(device).eval()
@@ -1923,16 +1938,17 @@ def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float,
 # ------------------------------------------------------------------------- test-time optimization
 
 
-def optimize(model, code: dict, context: dict, steps: int, lr=1e-4, targets: int = 1024) -> dict:
+def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int = 1024) -> dict:
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
-    Adam, 1,024 random targets a step; all signals of the batch at once. Returns a new code.
+    Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, 1,024 random targets a step;
+    all signals of the batch at once. Returns a new code.
     """
     if model.cfg.model != "transinr":
         raise ValueError("--tto refines generated weights and a VNP has none; use a TransINR")
     query, values, weight = model.signal.context_as_targets(context)
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
-    optimizer = torch.optim.Adam(code.values(), lr)
+    optimizer = torch.optim.Adam(code.values(), lr or (2e-4 if model.cfg.grid else 1e-4))
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)

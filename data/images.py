@@ -178,8 +178,9 @@ def resized(image: Image.Image, size: int, fit: str = "crop") -> np.ndarray:
     """An RGB picture -> (H, W, 3) uint8 of another size.
 
     fit: "crop" (the short side becomes `size`, of it the centre square), "short" (the same without
-    the crop) or "squeeze" (both sides become `size`). Antialiased bilinear as in torchvision; a
-    smaller picture is enlarged bicubically. Errors: ValueError for too long a strip.
+    the crop) or "squeeze" (both sides become `size`). Antialiased bilinear as in torchvision;
+    where it is not squeezed a smaller picture is enlarged bicubically. Errors: ValueError for too
+    long a strip.
     """
     short, box = min(image.size), None
     width, height = (size if fit == "squeeze" else size * n // short for n in image.size)
@@ -189,7 +190,8 @@ def resized(image: Image.Image, size: int, fit: str = "crop") -> np.ndarray:
     if fit == "crop":  # a box in the file's pixels, so that it is the same at every size
         x, y = ((n - short) // 2 for n in image.size)
         width, height, box = size, size, (x, y, x + short, y + short)
-    kernel = Image.Resampling.BILINEAR if size <= short else Image.Resampling.BICUBIC
+    enlarged = size > short and fit != "squeeze"
+    kernel = Image.Resampling.BICUBIC if enlarged else Image.Resampling.BILINEAR
     return np.array(image.resize((width, height), kernel, box))
 
 

@@ -8,7 +8,7 @@ const starts = {  // a part of an image, a camera on a sphere, or points on the 
   nvs: {x: -Math.PI / 2, y: Math.PI / 9, r: 4, zoom: 1, focal: [1.88, 1.88]},
   gp: {points: [{x: 0.125, y: 0.375}, {x: 0.35, y: 0.6}, {x: 0.675, y: 0.275}]},
 };
-let task, worker, start, view, code, pieces, asked = 0;  // start: what Reset goes back to
+let task, worker, start, view, code, pieces, asked = 0, dropped = 0;  // start: Reset's
 function say(text, state = "failed") {
   $("status").textContent = text;
   document.body.dataset.state = state;
@@ -26,11 +26,13 @@ function reset(more) {
   view = structuredClone(start);
   draw(more);
 }
-function photo([file]) {
-  if (file && task != "gp") createImageBitmap(file).then(photo => {
-    start = starts[task];
-    reset({photos: [photo]});
-  }, () => say(`${file.name}: the browser cannot read this as a picture; try a JPEG or PNG`));
+async function photo([file]) {
+  if (!file || task == "gp") return;
+  const id = ++dropped, photo = await createImageBitmap(file).catch(() => null);
+  if (id != dropped) return;  // a later one has been dropped
+  if (!photo) return say(`${file.name}: the browser cannot read it; try a JPEG or PNG picture`);
+  start = starts[task];
+  reset({photos: [photo]});
 }
 
 // ---------------------------------------------------------------- what the worker answers
@@ -101,7 +103,7 @@ const fingers = new Map();  // id of a mouse or finger that is down -> its place
 let held, pressed;  // the point of a curve that is held; where, until it is dragged from there
 function move(from, to, factor) {  // what was at one place of the canvas comes to another
   const old = view.zoom;
-  if (task == "gp") Object.assign(held, to);
+  if (task == "gp") Object.assign(held, {x: clamp(to.x, 0, 1), y: clamp(to.y, 0, 1)});
   if (task == "nvs") {
     view.zoom = clamp(old * factor, 0.5, 8);
     view.x -= 4 * (to.x - from.x);

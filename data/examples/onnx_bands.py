@@ -19,9 +19,10 @@ SAMPLES = 32  # functions drawn from a VNP
 
 def read_points(path: str) -> tuple[np.ndarray, np.ndarray]:
     """A table x,y as x and y (1, N, 1), standardised as in training."""
-    table = np.genfromtxt(path, np.float32, delimiter=",").reshape(-1, 2)
+    table = np.genfromtxt(path, delimiter=",").reshape(-1, 2)
     x, y = table[np.isfinite(table).all(1)].T[:, None, :, None]  # a header is a row of NaN
-    return 4 * (x - x.min()) / (np.ptp(x) or 1) - 2, (y - y.mean()) / (2 * y.std() or 1)
+    x, y = 4 * (x - x.min()) / (np.ptp(x) or 1) - 2, (y - y.mean()) / (2 * y.std() or 1)
+    return np.float32(x), np.float32(y)
 
 
 def encode(encoder: ort.InferenceSession, x, y) -> dict[str, np.ndarray]:
