@@ -500,26 +500,24 @@ def test_the_grid_of_an_image_is_a_transposed_convolution_that_is_sampled(factor
 
 def test_a_place_in_space_starts_from_what_the_views_show_there():
     """Where tokens hold their row and column, a place on a pixel's ray reads that pixel's."""
-    tokenizer, cameras = tiny("nvs", "transinr").tokenizer, poses(3, 2)
-    focals, images = torch.tensor([20.0, 26.0]).expand(3, 2, 2), rand(3, 2, 3, 16, 16)
-    o, d = tinyinr.camera_rays(cameras, focals, 16, 16)
-    both = tokenizer(images, cameras, focals)
-    each = [tokenizer(images[:, v], cameras[:, v], focals[:, v]) for v in ([0], [1])]
+    tokenizer, focals = tiny("nvs", "transinr").tokenizer, torch.tensor([20.0, 26.0])
+    views = rand(3, 2, 3, 16, 16), poses(3, 2), focals.expand(3, 2, 2)
+    both, each = tokenizer(*views), [tokenizer(*(x[:, [v]] for x in views)) for v in (0, 1)]
     close(both, sum(each) / 2)  # the mean over views
     mirror = [p.clone() for p in tokenizer.mirror.parameters()]
     for p in tokenizer.mirror.parameters():
         p.zero_()
-    alone = tokenizer(images, cameras, focals) - tokenizer.voxel_pos
+    alone = tokenizer(*views) - tokenizer.voxel_pos
     place = tokenizer.voxels * torch.tensor([-1.0, 1, 1])  # of a voxel's mirror image
     other = torch.cdist(place, tokenizer.voxels).argmin(1)
     close(both, tokenizer.voxel_pos + alone + F.linear(alone[:, other], *mirror), 1e-4)
     for p in (*tokenizer.proj.parameters(), *tokenizer.camera.parameters()):
         p.zero_()
     tokenizer.pos[:, :2] = tinyinr.pixel_grid(4, 4)
+    o, d = tinyinr.camera_rays(*views[1:], 16, 16)
     for b, v, row, column, depth in ((0, 0, 3, 9, 3.0), (1, 1, 12, 5, 4.5), (2, 0, 8, 2, 4.0)):
         tokenizer.voxels[5] = o[b, v, row, column] + depth * d[b, v, row, column]
-        one = slice(b, b + 1), slice(v, v + 1)
-        tokens = tokenizer(images[one], cameras[one], focals[one]) - tokenizer.voxel_pos
+        tokens = tokenizer(*(x[[b]][:, [v]] for x in views)) - tokenizer.voxel_pos
         close(tokens[0, 5, :2], tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column])
 
 
@@ -607,8 +605,7 @@ def official(request, tmp_path_factory):
 
     def read(name):
         f = {k: torch.from_numpy(np.array(v)) for k, v in np.load(PARITY / f"{name}.npz").items()}
-        given = {k.removeprefix("in."): v for k, v in f.items() if k.startswith("in.")}
-        context, query = ({k: given[k] for k in names.split() if k in given} for names in (
+        context, query = ({k: f[f"in.{k}"] for k in names.split() if f"in.{k}" in f} for names in (
             "image images poses focals", "coords rays_o rays_d near far points_per_ray"))
         return program.load(PARITY / f"{name}.pth"), context, query, f
     return read
@@ -632,8 +629,7 @@ def test_official_transinr_image_outputs(official):
 def test_official_transinr_view_synthesis_outputs(official, name, n_views):
     model, context, query, f = official(name)
     rays = tinyinr.camera_rays(f["in.query_pose"], f["in.query_focal"], 24, 24)
-    for got, key in zip(rays, ("rays_o", "rays_d")):
-        near(got.flatten(1, 3)[:, f["in.ray_index"]], query[key])
+    near([v.flatten(1, 3)[:, f["in.ray_index"]] for v in rays], [query["rays_o"], query["rays_d"]])
     code = model.encode(context)
     assert model.cfg.n_views == n_views and "weights.rgb_density_fc" in f
     for key in (k for k in f if k.startswith("weights.")):
@@ -692,8 +688,8 @@ assert loss[-1] < loss[0] and "data" not in sys.modules
 
 def test_dependencies_point_upward():
     """A section of tinyinr.py names nothing of a later one; readers know nothing of models."""
-    sections = [ast.parse(s) for s in re.split(r"^# -{20,} .*$", Path(tinyinr.__file__).read_text(),
-                                               flags=re.M)]
+    text = (ROOT / "tinyinr.py").read_text()
+    sections = [ast.parse(s) for s in re.split(r"^# -{20,} .*$", text, flags=re.M)]
     names = lambda tree: {n.id for n in ast.walk(tree)
                           if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     defined = [{n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
@@ -1216,18 +1212,18 @@ def test_optimization_equals_a_plain_adam_loop():
     code = model.encode(context)
     refined = tinyinr.optimize(model, code, context, 3, lr=1e-2, targets=100)
     query, values, _ = model.signal.context_as_targets(context)
-    for b in range(2):
-        one = {k: v[b : b + 1].clone().requires_grad_() for k, v in code.items()}
+    for b in ([0], [1]):
+        one = {k: v[b].requires_grad_() for k, v in code.items()}
         adam = torch.optim.Adam(one.values(), 1e-2)
         for step in range(3):
             pick = torch.randperm(values.shape[1], generator=tinyinr.generator(step, 6))[:100]
-            part = {k: v[b : b + 1, pick] for k, v in query.items()}
+            part = {k: v[b][:, pick] for k, v in query.items()}
             with torch.enable_grad():
                 adam.zero_grad()
-                (model.decode(one, part).mean - values[b : b + 1, pick]).square().mean().backward()
+                (model.decode(one, part).mean - values[b][:, pick]).square().mean().backward()
             adam.step()
-        for k in code:
-            torch.testing.assert_close(refined[k][b : b + 1], one[k].detach(), atol=1e-4, rtol=1e-3)
+        got = {k: v[b] for k, v in refined.items()}
+        torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-3)
 
 
 # ------------------------------------------------------------------------- hostile input
@@ -1445,8 +1441,7 @@ def test_pairs_are_random_views_of_each_object(tmp_path):
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, out, ckpt = trained.args, trained.out, trained.out / "ckpt.pt"
-    photo, whole = trained.data / "p0.png", ckpt.read_bytes()
+    out, ckpt, photo = trained.out, trained.out / "ckpt.pt", trained.data / "p0.png"
     Path("bad.png").write_bytes(b"no picture")
     Path("noted").mkdir()
     Path("noted/log.jsonl").write_text("mine\n")
@@ -1456,47 +1451,46 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
                          ("old", dict(format=1))):
         Path(name).mkdir()
         torch.save(torch.load(ckpt, weights_only=True) | change, f"{name}/ckpt.pt")
-    before, picture_bytes = sorted(tmp_path.rglob("*")), photo.read_bytes()
-    train = lambda *more: (*args, "--out", "o", *more)
-    resume = lambda folder, *more: ("train", "--resume", "--out", folder, *more)
-    render = lambda c, source, to="out.png": ("render", c, source, "-o", to)
+    before, contents = sorted(tmp_path.rglob("*")), [p.read_bytes() for p in (ckpt, photo)]
+    whole, resume = shlex.join(map(str, trained.args)), "train --resume --out"
+    train, gp = f"{whole} --out o", ROOT / "data/pretrained/gp-vnp.pt"
     with runs.locked(out):
-        assert "another run writes" in run(*args, "--out", out, "--overwrite", code=2)
+        assert "another run writes" in run(*trained.args, "--out", out, "--overwrite", code=2)
     for command, words in [
-            (train("--data", "none"), "no such folder or zip"),
-            (train("--data", ""), "--data is empty"), (train("--data", "old"), "no pictures"),
-            (train("--steps", 1, "--minutes", 1), "exclude each other"),
-            (resume(out, "--overwrite"), "exclude each other"),
-            (train("--set", "random_crop=True", "--set", "zoom=2"), "crop"),
-            (("train", "--set", "minutes=0", "--set", "steps=0"), "give one of them"),
-            (train("--set", "batch_size=7", "--set", "grad_accum_steps=3"),
+            (f"{train} --data none", "no such folder or zip"),
+            (f"{train} --data ''", "--data is empty"), (f"{train} --data old", "no pictures"),
+            (f"{train} --steps 1 --minutes 1", "exclude each other"),
+            (f"{train} --set random_crop=True --set zoom=2", "crop"),
+            (f"{train} --set batch_size=7 --set grad_accum_steps=3",
              "batch_size=7 must be a multiple of processes x grad_accum_steps = 3; try 9"),
-            (("train", "--task", "gp", "--smoke", "--out", "/proc/run"), "/proc/run"),
-            (resume("o"), "nothing to resume"), (resume("worse"), "not of a run"),
-            (resume(out, "--seed", 5), "is of a run with seed=0, not 5"),
-            (resume(out, "--data", tmp_path), "is of a run with data="),
-            (resume("bad", "--steps", 9), "cannot be resumed"),
-            (resume("old"), "an earlier layout"), ((*args, "--out", out), "holds a ckpt.pt"),
-            ((*args, "--smoke", "--out", out), "holds a ckpt.pt"),
-            ((*args, "--out", "noted"), "holds a ckpt.pt or log.jsonl"),
-            (render(ckpt, photo, photo), "would replace an input"),
-            (render(ckpt, photo, "none/x.png"), "no folder none"),
-            (("encode", ckpt, trained.data, "-o", "none/x.npz"), "no folder none"),
-            (("eval", ckpt, "--json", ckpt), "would replace an input"),
-            (("eval", ckpt, "--json", "old"), "old is a folder"),
-            (("inspect", ckpt, photo, "-o", photo), "would replace an input"),
-            (render(ckpt, "bad.png"), "not a picture"), (render(ckpt, photo, "out.xyz"), ".png"),
-            (render("none.pt", photo), "no such checkpoint"),
-            (render("trap.pt", photo), "not a readable checkpoint"),
-            ((*render(ckpt, photo), "--views", 2), "--views is for nvs"),
-            ((*render(ROOT / "data/pretrained/gp-vnp.pt", ROOT / "data/hares.csv"), "--size", 64),
-             "--size 64: a plot needs at least 96"),
-            (("inspect", PARITY / "vnp_1.pth", photo, "-o", "i.png"), "inspect takes")]:
-        output = run(*command, code=2)
+            ("train --set minutes=0 --set steps=0", "give one of them"),
+            ("train --task gp --smoke --out /proc/run", "/proc/run"),
+            (f"{resume} {out} --overwrite", "exclude each other"),
+            (f"{resume} {out} --seed 5", "is of a run with seed=0, not 5"),
+            (f"{resume} {out} --data .", "is of a run with data="),
+            (f"{resume} o", "nothing to resume"), (f"{resume} worse", "not of a run"),
+            (f"{resume} bad --steps 9", "cannot be resumed"),
+            (f"{resume} old", "an earlier layout"), (f"{whole} --out {out}", "holds a ckpt.pt"),
+            (f"{whole} --out {out} --smoke", "holds a ckpt.pt"),
+            (f"{whole} --out noted", "holds a ckpt.pt or log.jsonl"),
+            (f"render {ckpt} {photo} -o {photo}", "would replace an input"),
+            (f"render {ckpt} {photo} -o none/x.png", "no folder none"),
+            (f"encode {ckpt} {trained.data} -o none/x.npz", "no folder none"),
+            (f"eval {ckpt} --json {ckpt}", "would replace an input"),
+            (f"eval {ckpt} --json old", "old is a folder"),
+            (f"inspect {ckpt} {photo} -o {photo}", "would replace an input"),
+            (f"inspect {PARITY}/vnp_1.pth {photo} -o i.png", "inspect takes"),
+            (f"render {ckpt} bad.png -o a.png", "not a picture"),
+            (f"render {ckpt} {photo} -o a.xyz", ".png"),
+            (f"render {ckpt} {photo} -o a.png --views 2", "--views is for nvs"),
+            (f"render none.pt {photo} -o a.png", "no such checkpoint"),
+            (f"render trap.pt {photo} -o a.png", "not a readable checkpoint"),
+            (f"render {gp} {ROOT}/data/hares.csv -o a.png --size 64", "needs at least 96")]:
+        output = run(*shlex.split(command), code=2)
         errors = [line for line in output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and words in errors[0], (words, output)
-    assert sorted(tmp_path.rglob("*")) == before and ckpt.read_bytes() == whole
-    assert photo.read_bytes() == picture_bytes
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [p.read_bytes() for p in (ckpt, photo)] == contents
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
@@ -2394,7 +2388,7 @@ def split_scenes(root):
     return {s: set(scenes.SceneSet(root, s, 8).names) for s in SPLITS}
 
 
-def test_each_class_has_its_own_split_file(tmp_path):
+def test_scenes_are_split_by_folder_by_hash_or_by_a_file_of_their_class(tmp_path):
     """Ids that two classes share are not mixed; a class alone finds the file beside it."""
     many_scenes(tmp_path, [f"{c}/{i}" for c in ("cars", "boxes") for i in "abcdefghijkl"])
     for name, train, test in (("car", "abcdefghijkx", "l"), ("box", "bcdefghijkl", "a")):
@@ -2406,9 +2400,6 @@ def test_each_class_has_its_own_split_file(tmp_path):
     for split, alone in split_scenes(tmp_path / "cars").items():
         assert {f"cars/{name}" for name in alone} == {n for n in names[split] if n[0] == "c"}
     assert set(data.labels) == {"boxes", "cars"} and "car_splits.json" in data.source
-
-
-def test_scenes_are_split_by_folder_or_by_hash_but_a_lone_one_is_not(tmp_path):
     srn = many_scenes(tmp_path / "srn", [f"cars_{s}/{i}" for s in SPLITS for i in "ab"], "srn")
     assert split_scenes(srn) == {s: {f"cars_{s}/{i}" for i in "ab"} for s in SPLITS}
     assert scenes.SceneSet(srn, "val", 8).labels == ["cars", "cars"]
@@ -2493,31 +2484,28 @@ def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
     close(std, (second - first**2).sqrt(), 1e-4)
 
 
-def test_the_generator_picks_one_of_all_kernels():
-    for seed in range(6):
-        gen = tinyinr.generator(seed)
-        pick = int(torch.randint(3, (), generator=gen))
-        want = curves.draw_curves(curves.KERNELS[pick], 4000, 5, gen)
-        want = want[0], want[1] @ want[2]
-        assert want[1].var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
-        got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
-        assert all(map(torch.equal, got[:2], want)) and got[2] is None
-
-
 @pytest.mark.parametrize("kernel", curves.KERNELS)
 def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
     x, y, _, posterior = curves.sampler(kernel)(3, 12, tinyinr.generator(5))
     hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[3]
-    n = torch.tensor([[2], [5], [9]])
-    mean, var = posterior(torch.arange(12) < n)
-    for i, k in enumerate(n.flatten()):
-        one = slice(i, i + 1)
-        want = curves.gp_posterior(kernel, x[one, :k], y[one, :k], x[one, k:],
-                                   [h[one] for h in hyper])
-        close(mean[i, k:], want[0][0], 1e-6)
-        close(var[i, k:].sqrt(), want[1][0], 1e-6)
-        close(mean[i, :k], y[i, :k], 1e-9)
-        assert (var[i, :k].abs() < 1e-12).all()
+    counts = (2, 5, 9)
+    mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
+    for i, n in enumerate(counts):
+        (x_seen, x_asked), (y_seen, _) = (v[[i]].split((n, 12 - n), 1) for v in (x, y))
+        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, [h[[i]] for h in hyper])
+        close((mean[i, n:], var[i, n:].sqrt()), tuple(v[0] for v in want), 1e-6)
+        close(mean[i, :n], y[i, :n], 1e-9)
+        assert (var[i, :n].abs() < 1e-12).all()
+
+
+def test_the_generator_picks_one_of_all_kernels():
+    for seed in range(6):
+        gen = tinyinr.generator(seed)
+        kernel = curves.KERNELS[int(torch.randint(3, (), generator=gen))]
+        x, factor, white, _ = curves.draw_curves(kernel, 4000, 5, gen)
+        assert (factor @ white).var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
+        got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
+        assert torch.equal(got[0], x) and torch.equal(got[1], factor @ white) and got[2] is None
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -2597,11 +2585,10 @@ def test_series_are_split_by_file_by_column_or_by_time(tmp_path, monkeypatch):
 def test_drawn_windows_are_standardised_neighbouring_points_in_random_order():
     data = curves.CurveSet(ROOT / "data" / "elnino.csv", "train", points=12)
     x, y, mask = data.draw(5, 12, tinyinr.generator(0))
-    assert mask is None
     windows = data.y.unfold(0, 12, 1)[:, 0]  # (starts, 12)
     scaled = (windows - windows.mean(1, True)) / windows.std(1, correction=0, keepdim=True) / 2
     order = x.argsort(1)
-    assert not torch.equal(order[0], order[1])
+    assert mask is None and not torch.equal(order[0], order[1])
     for curve in y.gather(1, order)[..., 0]:
         assert (scaled - curve).abs().amax(1).min() < 1e-9
 
@@ -2672,7 +2659,8 @@ def test_their_score_is_a_log_density_in_units_of_the_table():
                            decode=lambda code, query: tinyinr.Prediction(
                                z := query["x"].expand(-1, -1, 2) * 0, z + 0.5))
     scores = lotka_volterra.task_scores(flat, table, "forecasting", 16)
-    for hidden in lotka_volterra.hidden("forecasting", table.x, 16, tinyinr.generator(0)):
+    gen = torch.Generator().manual_seed(0)
+    for hidden in lotka_volterra.hidden("forecasting", table.x, 16, gen):
         old, new = table.y[~hidden[:, 0]], table.y[hidden[:, 0]]
         seen = torch.distributions.Normal(old.mean(0), old.std(0, correction=0))
         want.append(float(seen.log_prob(new).mean()))
