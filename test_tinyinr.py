@@ -351,9 +351,9 @@ def test_set_convolution_equals_a_loop_and_convolutions_are_residual_and_ever_wi
 def test_what_is_under_a_mask_of_0_has_no_influence(name, grid):
     """Neither padding of a curve, nor pixels, nor values of a curve, which have a mask each."""
     model, (context, query) = tiny("gp", name, grid), signals("gp")
-    padding, mask = torch.full((3, 4, 1), math.nan), (torch.ones(3, 9), torch.zeros(3, 4))
-    padded = {k: torch.cat((v, padding), 1) for k, v in context.items()}
-    close(model(padded | {"mask": torch.cat(mask, 1)}, query), model(context, query))
+    padded = {k: F.pad(v, (0, 0, 0, 4), value=math.nan) for k, v in context.items()}
+    mask = F.pad(torch.ones(3, 9), (0, 4))
+    close(model(padded | {"mask": mask}, query), model(context, query))
     for task, key, mask, given in (
             ("image", "image", (rand(3, 1, 16, 16, seed=3) < 0.5).float(), dict(masked=True)),
             ("gp", "y", (rand(3, 9, 2, seed=2) < 0.6).float(), dict(n_values=2))):
@@ -565,7 +565,7 @@ def test_an_empty_context_gives_finite_predictions_but_a_scene_needs_a_view(name
 
 @every_cell
 @every_kind
-def test_other_precisions_agree_with_float32(task, name, grid):
+def test_other_precisions_and_an_accelerator_agree_with_float32_on_the_cpu(task, name, grid):
     given = context, query = signals(task)
     single = tiny(task, name, grid)(context, query).mean
     to = lambda kind: [{k: v.to(kind) for k, v in x.items()} for x in given]
@@ -577,6 +577,11 @@ def test_other_precisions_agree_with_float32(task, name, grid):
         got = model(to(dtype)[0] if short else context, query).mean
         assert (got - single).abs().mean() < 0.1 and got.isfinite().all()
     assert tiny(task, name, grid).to("meta")(*to("meta")).mean.shape == single.shape
+    device = tinyinr.choose_device("auto", "fp32").name  # the accelerator, where there is one
+    model, (context, query) = tiny(task, name, grid).to(device), to(device)
+    code = model.encode(context)
+    for got in (model.decode(code, query), tinyinr.predict(model, code, query)):
+        close(got.mean.cpu(), single, 1e-4)
 
 
 # ------------------------------------------------------------------------- official checkpoints
@@ -661,8 +666,7 @@ def test_the_file_alone_loads_and_trains(tmp_path):
 import itertools, sys, torch, tinyinr
 model = tinyinr.load("transinr_image_1.pth")
 code = model.encode({{"image": torch.rand(2, 3, 22, 22)}})
-mean = model.decode(code, {{"coords": tinyinr.pixel_grid(8, 8)[None]}}).mean
-assert mean.shape == (2, 64, 3)
+assert model.decode(code, {{"coords": tinyinr.pixel_grid(8, 8)[None]}}).mean.shape == (2, 64, 3)
 cfg, recipe = tinyinr.make_config(batch_size=2, n_queries=64, steps=20, grid=4, **{SIZES})
 run = tinyinr.Run(cfg, recipe)
 pixels = (torch.rand(4, 3, 1, 1) * 255).byte().expand(4, 3, 16, 16)
@@ -1046,19 +1050,6 @@ def test_device_choices(monkeypatch):
     refused("cuda.*cpu or auto", tinyinr.choose_device, "cuda")
 
 
-@every_cell
-def test_an_accelerator_predicts_what_the_cpu_does(task, name):
-    device = tinyinr.choose_device("auto", "fp32").name
-    if device == "cpu":
-        pytest.skip("PyTorch finds no accelerator here")
-    model, given = tiny(task, name), signals(task)
-    want = model(*given).mean
-    context, query = (tinyinr.to_device(v, device) for v in given)
-    code = model.to(device).encode(context)
-    for got in (model.decode(code, query), tinyinr.predict(model, code, query)):
-        close(got.mean.cpu(), want, 1e-4)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short run on a folder of photos: its command without --out, and what it left."""
@@ -1121,22 +1112,19 @@ def full_disk(file, data):
 
 
 def test_neither_a_bad_loss_nor_a_full_disk_harms_the_last_checkpoint(tmp_path, monkeypatch):
-    cfg, recipe = configs("image", "transinr")
-    training = tinyinr.Run(cfg, recipe)
-    training.save(tmp_path / "ckpt.pt")
-    good = (tmp_path / "ckpt.pt").read_bytes()
+    training, file = tinyinr.Run(*configs("image", "transinr")), tmp_path / "ckpt.pt"
+    training.save(file)
+    good = file.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", full_disk)
-        training.save(tmp_path / "ckpt.pt")
-    pixels = (rand(4, 3, 16, 16) * 255).byte()
-    context, query, target = next(tinyinr.image_batches(cfg, recipe, pixels))
+        training.save(file)
+    (context, query), target = signals("image"), rand(3, 7, 3, seed=2)
     with torch.enable_grad(), pytest.raises(
             tinyinr.RunFailed, match="the loss of step 1 is not finite"):
         for factor in (1, math.inf, 1):
             training.update((context, query, target * factor), 0.5)
-        training.save(tmp_path / "ckpt.pt")
-    assert (tmp_path / "ckpt.pt").read_bytes() == good
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+        training.save(file)
+    assert file.read_bytes() == good and [*tmp_path.iterdir()] == [file]
 
 
 def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(tmp_path):
@@ -1896,7 +1884,7 @@ class Browser:
             ["bash", "-c", f'exec "$0" "$@" 3<&{into} 4>&{out}', *command], pass_fds=(into, out),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(into), os.close(out)
-        self.count, self.rest, self.where = 0, b"", {}
+        self.count, self.received, self.where = 0, self.messages(), {}
         target = self("Target.createTarget", url="about:blank")["targetId"]
         attached = self("Target.attachToTarget", targetId=target, flatten=True)
         self.where = {"sessionId": attached["sessionId"]}
@@ -1906,15 +1894,16 @@ class Browser:
         self.count += 1
         message = {"id": self.count, "method": method, "params": params} | self.where
         os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.rest:
-                got = os.read(self.answers, 1 << 20)
-                assert got, "the browser has ended"
-                self.rest += got
-            text, _, self.rest = self.rest.partition(b"\0")
-            if (answer := json.loads(text)).get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
+        answer = next(m for m in self.received if m.get("id") == self.count)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def messages(self):
+        """What the browser writes, until it ends."""
+        rest = b""
+        while got := os.read(self.answers, 1 << 20):
+            *texts, rest = (rest + got).split(b"\0")
+            yield from map(json.loads, texts)
 
     def js(self, code):
         answer = self("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
@@ -2043,8 +2032,7 @@ def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, brows
     browser.settle("draws.click()")
     assert browser.js("mean.getBBox().width") > 3  # of -2 to 2
     values = browser.js("view.values")
-    x = torch.tensor([-1.5, -0.6, 0.7, 1.0])[None, :, None]
-    y = torch.tensor([0.5, -0.4, 0.9, 1.0])[None, :, None]
+    x, y = torch.tensor([[-1.5, -0.6, 0.7, 1.0], [0.5, -0.4, 0.9, 1.0]]).view(2, 1, 4, 1)
     context, eps = {"x": x, "y": y}, torch.zeros(1)
     if name == "gp-transinr-two":
         context = {"x": x, "y": F.pad(y, (0, 1)), "mask": F.pad(torch.ones_like(y), (0, 1))}
