@@ -916,8 +916,8 @@ def test_one_process_leaves_the_same_file_again_and_two_learn_it(task, name, pie
     one, two = tmp_path / "one", tmp_path / "two"
     alone, _ = (run(*args, "--out", out) for out in (one, tmp_path / "again"))
     assert (one / "ckpt.pt").read_bytes() == (tmp_path / "again/ckpt.pt").read_bytes()
-    accumulate = ("--set", f"grad_accum_steps={pieces}")
-    together = finish(start(*args, *accumulate, "--out", two, processes=2))
+    args += ("--set", f"grad_accum_steps={pieces}", "--out", two)
+    together = finish(start(*args, processes=2))
     a, b = (torch.load(p / "ckpt.pt", weights_only=True) for p in (one, two))
     assert a["step"] == b["step"] == 20
     for key, value in a["model"].items():
@@ -983,9 +983,8 @@ def test_a_target_of_a_known_variance_counts_as_values_drawn_from_it():
     loss, _ = tinyinr.objective(model, (context, query | {"var": std.square()}, target))
     noise = torch.randn(2000, 3, 7, 1, generator=tinyinr.generator(1)) * std
     values = torch.cat((target + noise, target - noise))
-    prediction = model.decode(model.encode(context), query)
-    assert float(loss) == pytest.approx(-float(tinyinr.log_likelihood(prediction, values).mean()),
-                                        rel=0.01)
+    want = -tinyinr.log_likelihood(model(context, query), values).mean()
+    assert float(loss) == pytest.approx(float(want), rel=0.01)
 
 
 @pytest.mark.parametrize("masked", (False, True))
@@ -1314,8 +1313,8 @@ def test_render_draws_what_the_function_is_and_encode_writes_its_numbers(trained
     for out in ("r.png", "r.npz"):
         run("render", ckpt, wide, "-o", tmp_path / out, "--size", 40)
     run("encode", ckpt, trained.data, "-o", tmp_path / "codes.npz")
-    model, numbers, codes = tinyinr.load(ckpt), *(np.load(tmp_path / f"{n}.npz") for n in (
-        "r", "codes"))
+    model, numbers = tinyinr.load(ckpt), np.load(tmp_path / "r.npz")
+    codes = np.load(tmp_path / "codes.npz")
     code, other = (model.encode(rendering.read_context(model, p)[0]) for p in (wide, square))
     want = model.decode(code, {"coords": tinyinr.pixel_grid(20, 40)[None]}).mean
     check_picture(tmp_path / "r.png", want.view(20, 40, 3))
@@ -1736,8 +1735,8 @@ def test_half_precision_is_stored_for_the_matrices_of_the_model(exported, name, 
 def test_a_folder_becomes_the_same_bytes_again_and_a_table(tmp_path, exported):
     (source := tmp_path / "models").mkdir()
     shutil.copy(exported.folder / "gp-transinr.pt", source / "a.pt")
-    table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$",
-                       run_export("--all", source, "-o", tmp_path / "out"), re.M)
+    output = run_export("--all", source, "-o", tmp_path / "out")
+    table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$", output, re.M)
     assert [row[0] for row in table] == ["encoder", "decoder"]
     for part, size, error in table:
         data = (tmp_path / f"out/a.{part}.onnx").read_bytes()
