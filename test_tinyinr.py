@@ -2314,11 +2314,9 @@ def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path
     """The picture of 80 x 100 becomes what a camera with a centred one would see."""
     cameras, size = opposite_cameras(), 32
     moved = cameras + np.pad([[1], [2], [3]], ((0, 1), (3, 0)))  # it is recentred as well
-    write_layout(tmp_path / "a", "nerfstudio", moved, BLANK)
+    views = np.stack([draw_ball(pose, fx, fy, cx, cy, 80, 100) for pose in cameras])
+    write_layout(tmp_path / "a", "nerfstudio", moved, views)
     change_scene(tmp_path / "a", cx=cx, cy=cy, fl_x=fx, fl_y=fy, w=80, h=100)
-    for i, pose in enumerate(cameras):
-        pixels = draw_ball(pose, fx, fy, cx, cy, 80, 100)
-        Image.fromarray(pixels).save(tmp_path / f"a/images/{i:04d}.png")
     scene = scenes.read_scene(images.Tree(tmp_path), "a", size)
     for pose, pixels, (f, g) in zip(cameras, scene.images, scene.focals.numpy()):
         want = draw_ball(pose, f, g, size / 2, size / 2, size, size)
