@@ -2095,9 +2095,7 @@ def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
             ("LAB", (255, 128, 128), 255, "TIFF")):
         pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
-    exif = Image.Exif()
-    exif[0x0112] = 6  # left is turned to the top
-    turned = decode(encoded(noisy(10, 20), exif=exif))
+    turned = decode(encoded(noisy(10, 20), exif=TURNED))
     assert (turned == np.rot90(noisy(10, 20), -1)).all()
 
 
@@ -2189,7 +2187,7 @@ ANGLE = math.radians(49.1)  # zero123's; all layouts take it here
 FLIP = np.diag([1.0, -1, -1, 1])  # OpenGL's axes and OpenCV's
 BLANK = np.zeros((6, 8, 8, 3), np.uint8)
 TURNED = Image.Exif()
-TURNED[0x0112] = 3
+TURNED[0x0112] = 6  # left is turned to the top
 
 
 def opposite_cameras(count=6, seed=0):
