@@ -924,6 +924,7 @@ def test_one_process_leaves_the_same_file_again_and_two_learn_it(task, name, pie
         keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
         close(b["model"][key][keep], value[keep])
     assert together.count("minutes; val split:") == 1  # one writer
+    assert together.count("masked is for image") == (task != "image")  # and of no use
     scores = [[float(v) for v in re.findall(r" (-?\d+\.\d\d)\b", text.split("val split:")[1])]
               for text in (alone, together)]
     assert scores[0] and scores[0] == pytest.approx(scores[1], abs=0.011)
@@ -1046,6 +1047,10 @@ def test_device_choices(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
         device = tinyinr.choose_device("auto")
         assert (device.name, device.dtype) == want
+        with device.tf32():
+            inside = torch.get_float32_matmul_precision()
+        assert inside == ("high" if device.name == "cuda" else "highest")
+        assert torch.get_float32_matmul_precision() == "highest"  # a caller's products stay fp32
     refused("cuda.*cpu or auto", tinyinr.choose_device, "cuda")
 
 
@@ -2449,20 +2454,6 @@ def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
     close(std, (second - first**2).sqrt(), 1e-4)
 
 
-@pytest.mark.parametrize("kernel", curves.KERNELS)
-def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
-    x, y, _, posterior = curves.sampler(kernel)(3, 12, tinyinr.generator(5))
-    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5))[3]
-    counts = (2, 5, 9)
-    mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
-    for i, n in enumerate(counts):
-        (x_seen, x_asked), (y_seen, _) = (v[[i]].split((n, 12 - n), 1) for v in (x, y))
-        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, [h[[i]] for h in hyper])
-        close((mean[i, n:], var[i, n:].sqrt()), tuple(v[0] for v in want), 1e-6)
-        close(mean[i, :n], y[i, :n], 1e-9)
-        assert (var[i, :n].abs() < 1e-12).all()
-
-
 def test_the_generator_picks_one_of_all_kernels():
     for seed in range(6):
         gen = tinyinr.generator(seed)
@@ -2471,6 +2462,31 @@ def test_the_generator_picks_one_of_all_kernels():
         assert (factor @ white).var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
         got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
         assert torch.equal(got[0], x) and torch.equal(got[1], factor @ white) and got[2] is None
+
+
+def test_the_lengths_of_a_part_of_the_curves_go_down():
+    (plain, *others), (length, *same) = (
+        curves.draw_curves("rbf", 4000, 3, tinyinr.generator(0), rough)[3] for rough in (0.0, 0.2))
+    assert all(map(torch.equal, others, same)) and plain.min() >= 0.1
+    rough = length < 0.1
+    assert torch.equal(length[~rough], plain[~rough])
+    assert rough.double().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert length[rough].min() >= 0.002 and length[rough].log().quantile(0.5).exp().item() == (
+        pytest.approx((0.002 * 0.1) ** 0.5, rel=0.2))
+
+
+@pytest.mark.parametrize("kernel", curves.KERNELS)
+def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
+    x, y, _, posterior = curves.sampler(kernel, 0.3)(3, 12, tinyinr.generator(5))
+    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5), 0.3)[3]
+    counts = (2, 5, 9)
+    mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
+    for i, n in enumerate(counts):
+        (x_seen, x_asked), (y_seen, _) = (v[[i]].split((n, 12 - n), 1) for v in (x, y))
+        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, [h[[i]] for h in hyper])
+        close((mean[i, n:], var[i, n:].sqrt()), tuple(v[0] for v in want), 1e-6)
+        close(mean[i, :n], y[i, :n], 1e-9)
+        assert (var[i, :n].abs() < 1e-12).all()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -200,6 +200,7 @@ class TrainConfig(Checked):
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all")  # curves: of the training functions
+    rough: float = bounded(0.0, 0, 1)  # curves: part whose lengths are below the kernel's usual ones
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
@@ -207,7 +208,7 @@ IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
-              n_queries=24, grad_clip=1.0)
+              n_queries=24, grad_clip=1.0, rough=0.02)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
                hidden=64, latent=32)  # VNP
@@ -232,7 +233,7 @@ SMALL = {  # (task, model): what differs from the defaults
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
     "image": dict(grid=0, freq_top=1024.0, zoom=1),
     "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
-    "gp": dict(grid=0, freq_top=256.0, n_convs=0),
+    "gp": dict(grid=0, freq_top=256.0, n_convs=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
                 repeats=2, drop_last=True, batch_size=32, n_queries=128, train_views=25,
@@ -1664,6 +1665,17 @@ class Device:
     def autocast(self):
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
 
+    @contextlib.contextmanager
+    def tf32(self):
+        """TF32 for the products that autocast leaves in fp32, on a GPU, inside this block alone."""
+        before = torch.get_float32_matmul_precision()
+        if self.name == "cuda":
+            torch.set_float32_matmul_precision("high" if self.dtype else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def attention(self, n_tokens: int):
         """Plain matrix products beat a CPU's fused kernel in bf16 at few tokens (measured)."""
         plain = self.name == "cpu" and self.dtype is not None and n_tokens < 400
@@ -1782,8 +1794,6 @@ class Run:
         self.cfg, self.recipe, self.device = cfg, recipe, device or choose_device("cpu")
         self.step, self.elapsed, self.data = 0, 0.0, ""
         torch.manual_seed(recipe.seed)
-        if self.device.name == "cuda":  # TF32, process-wide: who predicts sets "highest" again
-            torch.set_float32_matmul_precision("high" if self.device.dtype else "highest")
         self.model = build(cfg).to(self.device.name)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
@@ -1811,8 +1821,9 @@ class Run:
         kl_weight = recipe.kl_weight * min(1.0, progress / 0.05)
         for i in range(recipe.grad_accum_steps):
             *piece, eps = (micro_batch(v, i, recipe.grad_accum_steps) for v in (*batch, noise))
-            losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
-            losses[0].backward()
+            with self.device.tf32():
+                losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
+                losses[0].backward()
             sums = sums + losses.detach()
         all_reduce_mean([p.grad for p in self.params])
         if recipe.grad_clip:

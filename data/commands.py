@@ -115,6 +115,13 @@ def banner(run: Run):
 
 
 LENGTHS = ("steps", "minutes", "epochs")  # of a run
+FIELDS = {  # that one task or model alone reads
+    "image": "masked merge out_bias flip random_crop zoom min_seen whole",
+    "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
+           "train_views",
+    "gp": "n_values n_convs kernel rough",
+    "transinr": "inr_depth inr_width n_groups",
+    "vnp": "cross_depth cross_heads cross_ff n_blocks hidden latent latent_pool kl_weight"}
 
 
 @cli.command("train")
@@ -162,7 +169,18 @@ def train_command(extra, device, out, resume, overwrite, smoke, **options):
         raise ValueError("steps, minutes and epochs are all 0; give one of them")
     device = choose_device(device, recipe.precision)
     with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
+        note_unused(cfg, given)
         run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
+
+
+def note_unused(cfg: ModelConfig, given: dict):
+    """Say which of the given fields the run does not read."""
+    for used_by, names in FIELDS.items():
+        for name in given.keys() & names.split():
+            if used_by not in (cfg.task, cfg.model):
+                click.echo(f"note: {name} is for {used_by}; a {cfg.model} on {cfg.task} ignores it")
+    for name in given.keys() & {"kernel", "rough"} if given.get("data") else ():
+        click.echo(f"note: {name} is for curves that are drawn; --data gives others")
 
 
 def parse_fields(pairs) -> dict:
@@ -208,8 +226,8 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
     """Endless batches of the train set, four fixed ones of the val set, and an epoch's length."""
     if cfg.task == "gp":
         size = 100_000
-        train_set, val_set = (data.draw if data else curves.sampler(recipe.kernel)
-                              for data in (train_set, val_set))
+        train_set, val_set = (data.draw if data else curves.sampler(recipe.kernel, rough) for
+                              data, rough in ((train_set, recipe.rough), (val_set, 0.0)))
     else:
         size = len(train_set)
     plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
@@ -254,8 +272,6 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         name = signal.Signals(ended).name
         return click.echo(f"{name}: saved step {run.step}; go on with\n  {again}")
     run.model.eval()
-    if device.name == "cuda":
-        torch.set_float32_matmul_precision("highest")
     if is_main_process():
         write_pictures([sample_pictures(run.model, val_set)], out / "samples.png")
     count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal

@@ -47,30 +47,36 @@ def _cholesky(kernel, x, hyper, noise):
     return torch.linalg.cholesky(covariance(kernel, x, x, *hyper) + noise**2 * eye)
 
 
-def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator):
+def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, rough: float = 0.0):
     """GP samples y = factor @ white: x in [-2, 2], factor, white, hyper = (length, scale, period).
 
     factor (B, N, N) is that of y's covariance, x and white noise are (B, N, 1); length U[0.1, 0.6],
-    scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1).
+    scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1). rough: part of the curves whose length is
+    log-uniform in [0.002, 0.1] instead.
     """
     u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
-    hyper = (0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2])
+    length, scale, period = 0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2]
     x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
     white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    if rough:
+        u = torch.rand(2, batch, 1, 1, generator=gen, dtype=torch.float64)
+        length = torch.where(u[0] < rough, 0.1 * 50 ** -u[1], length)
+    hyper = (length, scale, period)
     return x, _cholesky(kernel, x, hyper, NOISE), white, hyper
 
 
-def sampler(kernel: str) -> Callable:
+def sampler(kernel: str, rough: float = 0.0) -> Callable:
     """draw(batch, points, gen) -> x, y (B, points, 1), None (no mask), posterior.
 
     posterior(given (B, points)) -> mean and variance (B, points, 1) of every y given the first so
-    many of a curve, for the kernel that drew it. kernel "all": the generator picks one.
+    many of a curve, for the kernel that drew it. kernel "all": the generator picks one. rough: as
+    for draw_curves.
     """
     kernels = KERNELS if kernel == "all" else (kernel,)
 
     def draw(batch: int, points: int, gen: torch.Generator) -> tuple:
         pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
-        x, factor, white, _ = draw_curves(kernels[pick], batch, points, gen)
+        x, factor, white, _ = draw_curves(kernels[pick], batch, points, gen, rough)
 
         def posterior(given: Tensor) -> tuple[Tensor, Tensor]:
             given = given.unsqueeze(-1).to(white)  # y = factor @ white: these fix their white noise
