@@ -35,7 +35,7 @@ from torch import Tensor
 
 import tinyinr
 from data import page as pages
-from data.commands import in_one_line
+from data.commands import Command
 from data.evaluation import open_data, score, write_json
 from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
                              share_initializers, store_half)
@@ -357,13 +357,6 @@ def distance(outputs: list[np.ndarray], truth: tuple[Tensor, ...]) -> float:
 
 
 # ------------------------------------------------------------------------- command line
-
-
-class Command(click.Command):
-    """A command that ends as tinyinr's do: errors in one line and an exit code."""
-
-    def invoke(self, ctx):
-        return in_one_line(ctx, super().invoke)
 
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})

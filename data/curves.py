@@ -24,6 +24,7 @@ from data.images import Tree, naming, read_all
 KERNELS = ("rbf", "matern52", "periodic")
 NOISE = 0.02  # standard deviation of the noise on a curve
 MAX_CONTEXT = 46  # context points of a curve; with its targets fewer than 50
+CENTRAL_95 = 1.96  # standard deviations to either side hold 95 % of a Gaussian
 
 # ------------------------------------------------------------------------- Gaussian processes
 def covariance(kernel: str, x1: Tensor, x2: Tensor, length, scale, period) -> Tensor:
@@ -95,20 +96,25 @@ def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
         yield x, factor @ white, hyper, n
 
 
+def _condition(kernel: str, x, y, xt, hyper, noise) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior of y at xt given (x, y), and the log density (..., B) of the given y: exact."""
+    factor = _cholesky(kernel, x, hyper, noise)
+    a, b = (torch.linalg.solve_triangular(factor, v, upper=False)
+            for v in (covariance(kernel, x, xt, *hyper), y))
+    var = hyper[1].square() + noise**2 - a.square().sum(-2, keepdim=True).mT
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros_like(y[..., 0]), scale_tril=factor).log_prob(y[..., 0])
+    return a.mT @ b, var.clamp(min=1e-12).sqrt(), evidence
+
+
 def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE) -> tuple[Tensor, Tensor]:
     """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (..., B, M, 1)."""
-    factor = _cholesky(kernel, x, hyper, noise)
-    a = torch.linalg.solve_triangular(factor, covariance(kernel, x, xt, *hyper), upper=False)
-    b = torch.linalg.solve_triangular(factor, y, upper=False)
-    var = hyper[1].square() + noise**2 - a.square().sum(-2, keepdim=True).mT
-    return a.mT @ b, var.clamp(min=1e-12).sqrt()
+    return _condition(kernel, x, y, xt, hyper, noise)[:2]
 
 
 def log_density(kernel: str, x, y, hyper, noise=NOISE) -> Tensor:
-    """Exact log density (B,) of noisy observations y at x, (B, N, 1) each."""
-    factor = _cholesky(kernel, x, hyper, noise)
-    mean = y.new_zeros(y.shape[-2])
-    return torch.distributions.MultivariateNormal(mean, scale_tril=factor).log_prob(y[..., 0])
+    """Exact log density (..., B) of noisy observations y at x, (B, N, 1) each."""
+    return _condition(kernel, x, y, x[:, :0], hyper, noise)[2]
 
 
 def joint_log_likelihood(kernel: str, x, y, xt, yt, hyper, noise=NOISE) -> Tensor:
@@ -125,9 +131,8 @@ def averaged_gp(x, y, xt, noises: tuple = (NOISE,)) -> tuple[Tensor, Tensor]:
     lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
     grid = torch.cartesian_prod(lengths, scales, torch.tensor(noises)).to(x)  # (G, 3)
     length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
-    evidence = log_density("rbf", x, y, (length, scale, None), noise)  # (G, B)
-    mean, std = gp_posterior("rbf", x, y, xt, (length, scale, None), noise)  # (G, B, M, 1)
-    weight = evidence.softmax(0)[..., None, None]
+    mean, std, evidence = _condition("rbf", x, y, xt, (length, scale, None), noise)
+    weight = evidence.softmax(0)[..., None, None]  # (G, B, 1, 1); mean, std (G, B, M, 1)
     average = (weight * mean).sum(0)
     return average, (weight * (std.square() + (mean - average).square())).sum(0).sqrt()
 

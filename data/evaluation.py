@@ -150,7 +150,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
         mean = prediction.mean.view(target.shape)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
         if prediction.std is not None:
-            inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
+            inside = (mean - target).abs() < curves.CENTRAL_95 * prediction.std.view(target.shape)
             scores["coverage"] = inside.float().mean((-2, -1))
         if "mask" in context:
             filled = nearest_filling(context["image"], context["mask"])
@@ -236,7 +236,7 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
     prediction = sample_curves(model, context, xs, samples, gen)
     ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction)
-    inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
+    inside = ((ys - marginal.mean).abs() < curves.CENTRAL_95 * marginal.std).float()
     scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
               "context_ll": masked_mean(ll[:, :n], seen[:, :n]),
               "coverage": masked_mean(inside[:, n:], seen[:, n:])}
@@ -323,10 +323,6 @@ def report(scores: dict):
 
 def write_json(path, value):
     """Write a value to a file beside its place, then rename it; what is not finite is null."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {k: plain(w) for k, w in v.items()}
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
     with atomic(path) as part:
-        part.write_text(json.dumps(plain(value), indent=1) + "\n")
+        part.write_text(json.dumps(finite, indent=1) + "\n")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.curves import CENTRAL_95
+
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG", "": "folder"}
 MONTH_STEPS = 1, 2, 3, 6, 12, 24, 60, 120, 240, 600, 1200, 2400, 6000, 12000, 24000
 DAY_STEPS = *(n / 1440 for n in (1, 5, 15, 30, 60, 180, 360, 720)), 1, 2, 5, 10
@@ -107,11 +109,6 @@ def date_ticks(low: float, high: float, origin: datetime) -> dict[float, str]:
     return {mark: label for mark, label in marks.items() if low <= mark <= high}
 
 
-def floats(values) -> np.ndarray:
-    """A tensor, array or list of numbers -> (N,) float64."""
-    return torch.as_tensor(values).detach().double().cpu().numpy().reshape(-1)
-
-
 class Plot:
     """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units.
 
@@ -122,7 +119,7 @@ class Plot:
         self.font = ImageFont.load_default(11 * FINE)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
-        self.ranges = self.ends(floats(xs), 0), self.ends(floats(ys), 1)
+        self.ranges = self.ends(xs, 0), self.ends(ys, 1)
         marks = x_ticks(*self.ranges[0]), ticks(*self.ranges[1])
         left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
         top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
@@ -151,7 +148,7 @@ class Plot:
 
     def place(self, values, axis: int) -> np.ndarray:
         """Values -> where they stand in the image, at its edge if the axis does not hold them."""
-        return np.interp(floats(values), self.ranges[axis], self.frame[axis])
+        return np.interp(values, self.ranges[axis], self.frame[axis])
 
     def points(self, x, y) -> list[tuple[float, float]]:
         places = np.stack((self.place(x, 0), self.place(y, 1)), 1)
@@ -183,13 +180,13 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
     n_values = y[0].shape[1]
     units = units or (torch.zeros(1), torch.ones(1), torch.zeros(n_values), torch.ones(n_values))
     (a,), (b,), *columns = (u.flatten().tolist() for u in units)
-    in_x, plots = lambda v: floats(v) * b + a, []
+    in_x, plots = lambda v: v[..., 0].double().cpu().numpy() * b + a, []
     x_ticks = partial(date_ticks, origin=origin) if origin else ticks
     for j, (c, d) in enumerate(zip(*columns)):
-        in_y = lambda v: floats(v[..., j]) * d + c
+        in_y = lambda v: v[..., j].double().cpu().numpy() * d + c
         dots = [(in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]), color)
                 for u, v, m, color in zip(x, y, mask, ("black", "#e08a2b"))]
-        mean, wide, t = band[0], 1.96 * band[1], in_x(grid)
+        mean, wide, t = band[0], CENTRAL_95 * band[1], in_x(grid)
         low, high = in_y(mean - wide), in_y(mean + wide)
         xs, ys = (np.concatenate([points[axis] for points in dots]) for axis in (0, 1))
         plot = Plot(size, np.concatenate((t, xs)), np.concatenate((low, high, ys)), x_name,

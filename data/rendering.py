@@ -119,10 +119,11 @@ def tabulate_curve(model, table, points: int) -> dict:
     for *xym, (a, b, c, d) in table_parts(model, table):
         grid, band, _ = curve_band(model, *xym, points)
         columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
+        mean, std = band.mean * d + c, band.std * d
+        wide = curves.CENTRAL_95 * std
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
-            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d),
-                            ("lower", (band.mean - 1.96 * band.std) * d + c),
-                            ("upper", (band.mean + 1.96 * band.std) * d + c)):
+            for kind, v in (("mean", mean), ("std", std), ("lower", mean - wide),
+                            ("upper", mean + wide)):
                 columns.setdefault(f"{name} {kind}", []).append(v[:, j])
     columns = {k: torch.cat(v).double().numpy() for k, v in columns.items()}
     if table.origin:
@@ -150,8 +151,8 @@ def render_image(model, code: dict, height: int, width: int):
     parts = []
     for some in track(rows.split(max(1, (1 << 16) // width)), "rendering"):
         values = model.decode(code, {"coords": torch.cartesian_prod(some, cols)[None]}, z=z).mean
-        parts.append((values.clamp(0, 1) * 255).round().byte().cpu().view(-1, width, 3))
-    return torch.cat(parts).numpy()
+        parts.append(pictures.to_uint8(values).reshape(-1, width, 3))
+    return np.concatenate(parts)
 
 
 def scene_context(model, scene) -> dict:
@@ -183,8 +184,8 @@ def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) ->
                           for r in camera_rays(pose, focal, size, size))
         query = {"rays_o": rays_o, "rays_d": rays_d}
         z = mean_latents(model, code, query) if z is None else z  # once for all views
-        pixels = predict(model, code, query, z).mean.clamp(0, 1)
-        views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
+        pixels = predict(model, code, query, z).mean
+        views.append(pictures.to_uint8(pixels).reshape(size, size, 3))
     return views
 
 
