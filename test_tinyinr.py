@@ -1433,6 +1433,10 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     grid = torch.linspace(-2, 2, 256)[None, :, None]
     draws = evaluation.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
     np.testing.assert_allclose(mean, draws.mean.mean(0)[0, :, 0] * scale + 200, atol=0.05)
+    (tmp_path / "gaps.csv").write_text("x,a,b\n1,,2\n2,,3\n,4,5\n")
+    assert "Error: a: no value beside an x" in run(
+        "render", tmp_path / "c.pt", tmp_path / "gaps.csv", "-o", tmp_path / "q.csv", "--columns",
+        "x,a,b", code=2)
 
 
 def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid():

@@ -409,7 +409,8 @@ def context_of(model, data, part: list[int]) -> dict:
     i, = part
     if model.cfg.task == "nvs":
         return scene_context(model, data[i])
-    return {k: v[None] for k, v in zip(("x", "y", "mask"), data.first_window(i))}
+    window = data.window(data.first[i], data.counts[i], data.points)  # its first points
+    return {k: v[None].float() for k, v in zip(("x", "y", "mask"), window)}
 
 
 @cli.command()

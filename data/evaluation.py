@@ -52,15 +52,6 @@ def shard(items):
     return itertools.islice(enumerate(items), rank, None, world_size)
 
 
-def all_gather(rows: list) -> list:
-    """The (i, ...) rows of all processes in the order of i."""
-    parts = [rows]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    return sorted(itertools.chain(*parts), key=lambda row: row[0])
-
-
 def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
     """The code of a context, refined on it by `tto` steps."""
     code = model.encode(context)
@@ -74,7 +65,11 @@ def mean_scores(parts: list, counted: str) -> dict:
     """
     rows, out = {}, {}
     parts = [(i, labels, {k: v.flatten().cpu() for k, v in s.items()}) for i, labels, s in parts]
-    for _, labels, scores in all_gather(parts):
+    gathered = [parts]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, parts)
+    for _, labels, scores in sorted(itertools.chain(*gathered), key=lambda part: part[0]):
         for label, (name, value) in itertools.product(labels, scores.items()):
             rows.setdefault(label, {}).setdefault(name, []).append(value)
     for label, row in rows.items():
@@ -301,7 +296,7 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="tes
     if task == "image":
         return evaluate(model, track(image_cases(model, data, only), "scoring"), tto)
     cases = scene_cases(model, data, only, pairs)
-    return evaluate(model, track(cases, "scoring", len(only)), tto)
+    return evaluate(model, track(cases, "scoring", None if pairs else len(only)), tto)
 
 
 def report(scores: dict):

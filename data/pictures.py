@@ -55,7 +55,7 @@ def signed_map(weights: Tensor, limit: float) -> Tensor:
 
 
 def picture_format(path, animated: bool = False) -> str:
-    """The format of a file name, for write; ValueError for one that cannot be written."""
+    """The format of a file name, for pillow; ValueError for one that cannot be written."""
     suffix = "" if Path(path).is_dir() else Path(path).suffix.lower()
     kind = ANIMATIONS.get(suffix) if animated else Image.registered_extensions().get(suffix)
     if kind and not animated:
@@ -67,18 +67,6 @@ def picture_format(path, animated: bool = False) -> str:
         names = ".gif, .webp or .png, or name a folder" if animated else ".png, .jpg, .webp or .gif"
         raise ValueError(f"{path}: not a format that can be written; end the name in {names}")
     return kind
-
-
-def write(pictures: list[np.ndarray], file, format: str):
-    """Write one picture, or several as an animation of 12 frames a second or into a folder."""
-    first, *rest = images = [Image.fromarray(p) for p in pictures]
-    if format == "folder":
-        Path(file).mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            image.save(Path(file) / f"{i:03}.png")
-    else:
-        several = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0}
-        first.save(file, format, **several if rest else {}, quality=95)
 
 
 def ticks(low: float, high: float) -> dict[float, str]:
@@ -157,16 +145,6 @@ class Plot:
     def text(self, place, text: str, anchor: str):
         self.pen.text(place, text, "#374151", self.font, anchor)
 
-    def line(self, x, y, color: str, width: float = 2):
-        self.pen.line(self.points(x, y), color, round(width * FINE), "curve")
-
-    def dots(self, x, y, color: str, radius: float = 3):
-        for a, b in self.points(x, y):
-            self.pen.circle((a, b), radius * FINE, color)
-
-    def pixels(self) -> np.ndarray:
-        return np.array(self.image.reduce(FINE))
-
 
 def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_name: str = "x",
                 y_names=None, origin=None) -> list[np.ndarray]:
@@ -193,11 +171,12 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
                     y_names[j] if y_names else "y", x_ticks)
         plot.pen.polygon(plot.points(t, high) + plot.points(t, low)[::-1], "#d6e4f5")
         for sample in draws:
-            plot.line(t, in_y(sample), "#8fb3de", 1)
-        plot.line(t, in_y(mean), "#1f4e8c")
+            plot.pen.line(plot.points(t, in_y(sample)), "#8fb3de", FINE, "curve")
+        plot.pen.line(plot.points(t, in_y(mean)), "#1f4e8c", 2 * FINE, "curve")
         for u, v, color in reversed(dots):
-            plot.dots(u, v, color)
-        plots.append(plot.pixels())
+            for point in plot.points(u, v):
+                plot.pen.circle(point, 3 * FINE, color)
+        plots.append(np.array(plot.image.reduce(FINE)))
     return plots
 
 

@@ -215,7 +215,6 @@ LAYOUTS = {  # files that mark a scene's folder, and the reader; the first that 
     "COLMAP": (r"(sparse/(0/)?)?cameras\.(bin|txt)", read_colmap),
     "SRN": (r"intrinsics\.txt", read_srn),
     "zero123": (r"\d+\.npy", read_zero123)}
-MARKERS = [re.compile(f"(?:(.*?)/)??{pattern}") for pattern, _ in LAYOUTS.values()]
 
 
 def find_scenes(tree: Tree, folder: str = "") -> dict[str, tuple[str, list[str]]]:
@@ -227,8 +226,8 @@ def find_scenes(tree: Tree, folder: str = "") -> dict[str, tuple[str, list[str]]
     for name in names_in(tree, folder):
         if not name.endswith((".json", ".bin", ".txt", ".npy")):
             continue
-        for layout, marker in zip(LAYOUTS, MARKERS):
-            if match := marker.fullmatch(name):
+        for layout, (pattern, _) in LAYOUTS.items():
+            if match := re.fullmatch(f"(?:(.*?)/)??{pattern}", name):
                 found.setdefault(match[1] or "", {}).setdefault(layout, []).append(name)
     for scene, layouts in sorted(found.items()):
         above = {str(p).removeprefix(".") for p in PurePosixPath(scene).parents}
