@@ -446,7 +446,8 @@ def write(graph: Graph, path: Path, about: dict, fp16: bool) -> dict:
         k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()})
     large = sum(len(t.raw_data) for t in proto.graph.initializer) > ONE_FILE
     onnx.save_model(proto, path, save_as_external_data=large, location=f"{path.name}.data")
-    return {"file": path.name, "bytes": path.stat().st_size,
+    written = [p for p in path.parent.iterdir() if p.name.startswith(path.name)]  # and its .data
+    return {"file": path.name, "bytes": sum(p.stat().st_size for p in written),
             "error": verify(graph, str(path))} | shapes
 
 

@@ -1871,6 +1871,8 @@ def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
     assert "reference" in output and "optimised" not in output
     assert {p.name for p in tmp_path.iterdir()} == {
         "a.encoder.onnx", "a.encoder.onnx.data", "a.decoder.onnx", "a.json"}
+    entry = json.loads((tmp_path / "a.json").read_text())["files"]["encoder"]
+    assert entry["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("a.encoder.onnx*"))
     context = {"image": rand(2, 3, 22, 22)}
     close(*(run_onnx(f"{stem}.encoder.onnx", context) for stem in (
         tmp_path / "a", exported[0] / "image-transinr")), 0)

@@ -35,7 +35,6 @@ AXES = {  # what grows: (task, image_size or an argument of random_signals, the 
     "pictures encoded at once": ("image", "batch", 1),
     "views encoded": ("nvs", "views", 1),
     "points encoded": ("gp", "points", 4)}
-MODELS = "transinr", "vnp"
 MOST_BYTES, MOST_SECONDS = 20e9, 100.0
 
 
@@ -195,7 +194,8 @@ def inputs_command(json_file):
     if json_file:
         commands.check_output(json_file)
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        table = {axis: {model: line(axis, model, pool) for model in MODELS} for axis in AXES}
+        table = {axis: {model: line(axis, model, pool) for model in ("transinr", "vnp")}
+                 for axis in AXES}
     if json_file:
         write_json(json_file, table)
 

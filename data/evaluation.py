@@ -279,9 +279,6 @@ LEGEND = {
 }
 
 
-SEEDS = {"test": 0, "val": 1, "train": 2, "all": 3}  # of sampled curves
-
-
 def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="test"):
     """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
 
@@ -290,7 +287,8 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="tes
     """
     task = model.cfg.task
     if task == "gp":
-        cases = curve_cases(data, count if data else count or 50, SEEDS[split])
+        seed = {"test": 0, "val": 1, "train": 2, "all": 3}[split]  # of sampled curves
+        cases = curve_cases(data, count if data else count or 50, seed)
         return evaluate_curves(model, track(cases, "scoring"), autoregressive)
     only = range(min(count or len(data), len(data)))
     if task == "image":
