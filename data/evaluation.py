@@ -299,7 +299,6 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="tes
 
 def report(scores: dict):
     """Print scores {label: {name: value}} as a table, mean +- standard error, and its legend."""
-    names = {}
     for label, row in scores.items():
         words = []
         for name, value in row.items():
@@ -307,9 +306,8 @@ def report(scores: dict):
                 error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
                 words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
                              f"{name} {value}")
-                names[name] = None
         click.echo(f"{label:>12}  " + "  ".join(words))
-    for name in names:
+    for name in dict.fromkeys(itertools.chain(*scores.values())):
         if name in LEGEND:
             click.echo(f"  {name}: {LEGEND[name]}")
 
