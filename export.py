@@ -35,7 +35,7 @@ from torch import Tensor
 
 import tinyinr
 from data import page as pages
-from data.commands import in_one_line
+from data.commands import Command
 from data.evaluation import open_data, score, write_json
 from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
                              share_initializers, store_half)
@@ -82,14 +82,6 @@ def tensors(shapes: dict[str, tuple]) -> dict[str, dict]:
     return {k: {"shape": shape, "meaning": meaning(k)} for k, shape in shapes.items()}
 
 
-USE = [
-    "all inputs of a call have the same batch",
-    "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] give nonsense",
-    "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB",
-    "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on",
-]
-
-
 def notes(cfg: ModelConfig) -> list[str]:
     """What the graphs fix, and what a caller could get wrong."""
     side = cfg.image_size
@@ -106,7 +98,11 @@ def notes(cfg: ModelConfig) -> list[str]:
         lines.append("latents are pooled over the rays of a call: render a picture in one call"
                      if cfg.latent_pool == "query" else
                      "with the same eps a picture does not depend on how it is cut into calls")
-    return lines + USE
+    return lines + [
+        "all inputs of a call have the same batch",
+        "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] give nonsense",
+        "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB",
+        "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on"]
 
 
 def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
@@ -139,12 +135,6 @@ def query_shapes(cfg: ModelConfig) -> dict[str, tuple]:
               "nvs": {"rays_o": rays, "rays_d": rays, "near": ("batch",), "far": ("batch",)},
               "gp": {"x": ("batch", "queries", 1)}}[cfg.task]
     return shapes | ({"eps": (cfg.n_blocks, "batch", 1, cfg.latent)} if cfg.model == "vnp" else {})
-
-
-def value_shapes(signal) -> dict[str, tuple]:
-    """Name -> shape of what comes out of a decoder."""
-    names = ("mean", "std") if signal.has_std else ("mean",)
-    return dict.fromkeys(names, ("batch", "queries", signal.value_dim))
 
 
 def words(shapes: dict[str, tuple]) -> set[str]:
@@ -205,7 +195,9 @@ class Graph(nn.Module):
         self.query = {} if part == "encoder" else fix({
             "query_" * (k in given) + k: v for k, v in query_shapes(model.cfg).items()}, static)
         self.inputs = given | self.query
-        self.outputs = code if part == "encoder" else fix(value_shapes(model.signal), static)
+        values = dict.fromkeys(("mean", "std") if model.signal.has_std else ("mean",),
+                               ("batch", "queries", model.signal.value_dim))
+        self.outputs = code if part == "encoder" else fix(values, static)
 
     def forward(self, *tensors):
         given = dict(zip(self.inputs, tensors))
@@ -271,15 +263,6 @@ def describe(cfg: ModelConfig, opset: int, sha256: str) -> dict:
         "config": asdict(cfg), "conventions": CONVENTIONS, "notes": notes(cfg),
         "ir_version": IR_VERSION[opset], "checkpoint_sha256": sha256,
         "versions": {m.__name__: m.__version__ for m in (torch, onnx, onnxscript)}}
-
-
-def annotate(proto: onnx.ModelProto, graph: Graph, about: dict):
-    """Write into the file what its reader has to know."""
-    proto.producer_name, proto.producer_version, proto.graph.name = "tinyinr", "", graph.part
-    about = about | {"part": graph.part, "inputs": tensors(graph.inputs),
-                     "outputs": tensors(graph.outputs)}
-    onnx.helper.set_model_props(proto, {
-        k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
 
 
 # ------------------------------------------------------------------------- half precision
@@ -357,13 +340,6 @@ def distance(outputs: list[np.ndarray], truth: tuple[Tensor, ...]) -> float:
 
 
 # ------------------------------------------------------------------------- command line
-
-
-class Command(click.Command):
-    """A command that ends as tinyinr's do: errors in one line and an exit code."""
-
-    def invoke(self, ctx):
-        return in_one_line(ctx, super().invoke)
 
 
 @click.command(cls=Command, context_settings={"max_content_width": 100})
@@ -456,18 +432,23 @@ def read_static(text: str, model: nn.Module) -> dict[str, int]:
 
 
 def write(graph: Graph, path: Path, about: dict, fp16: bool) -> dict:
-    """Lower a graph to a file and verify it; returns the file's entry in STEM.json."""
-    for shapes in (graph.inputs, graph.outputs):
-        click.echo(f"{graph.part:>8}  {'->' if shapes is graph.outputs else '  '} " +
-                   ", ".join(f"{k} ({', '.join(map(str, shape))})" for k, shape in shapes.items()))
+    """Lower a graph to a file that describes itself, and verify it: its entry in STEM.json."""
+    for arrow, shapes in (("  ", graph.inputs), ("->", graph.outputs)):
+        click.echo(f"{graph.part:>8}  {arrow} " + ", ".join(
+            f"{k} ({', '.join(map(str, shape))})" for k, shape in shapes.items()))
     proto = lower(graph, about["opset"])
     if fp16:
         store_half(proto)
-    annotate(proto, graph, about)
+    proto.producer_name, proto.producer_version, proto.graph.name = "tinyinr", "", graph.part
+    shapes = {"inputs": tensors(graph.inputs), "outputs": tensors(graph.outputs)}
+    told = about | {"part": graph.part} | shapes
+    onnx.helper.set_model_props(proto, {
+        k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()})
     large = sum(len(t.raw_data) for t in proto.graph.initializer) > ONE_FILE
     onnx.save_model(proto, path, save_as_external_data=large, location=f"{path.name}.data")
-    return {"file": path.name, "bytes": path.stat().st_size, "error": verify(graph, str(path)),
-            "inputs": tensors(graph.inputs), "outputs": tensors(graph.outputs)}
+    written = [p for p in path.parent.iterdir() if p.name.startswith(path.name)]  # and its .data
+    return {"file": path.name, "bytes": sum(p.stat().st_size for p in written),
+            "error": verify(graph, str(path))} | shapes
 
 
 if __name__ == "__main__":

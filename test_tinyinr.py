@@ -1362,6 +1362,10 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     grid = torch.linspace(-2, 2, 256)[None, :, None]
     draws = evaluation.sample_curves(model, {"x": x, "y": y}, grid, 32, tinyinr.generator(8))
     np.testing.assert_allclose(mean, draws.mean.mean(0)[0, :, 0] * scale + 200, atol=0.05)
+    (tmp_path / "gaps.csv").write_text("x,a,b\n1,,2\n2,,3\n,4,5\n")
+    assert "Error: a: no value beside an x" in run(
+        "render", tmp_path / "c.pt", tmp_path / "gaps.csv", "-o", tmp_path / "q.csv", "--columns",
+        "x,a,b", code=2)
 
 
 def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid():
@@ -1789,6 +1793,8 @@ def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
     assert "reference" in output and "optimised" not in output
     assert {p.name for p in tmp_path.iterdir()} == {
         "a.encoder.onnx", "a.encoder.onnx.data", "a.decoder.onnx", "a.json"}
+    entry = json.loads((tmp_path / "a.json").read_text())["files"]["encoder"]
+    assert entry["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("a.encoder.onnx*"))
     context = {"image": rand(2, 3, 22, 22)}
     close(*(run_onnx(f"{stem}.encoder.onnx", context) for stem in (
         tmp_path / "a", exported.folder / "image-transinr")), 0)

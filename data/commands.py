@@ -33,30 +33,29 @@ from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, Trai
                      make_config, rank_and_world_size, read_checkpoint, to_device, train)
 
 
-class Commands(click.Group):
-    """Commands whose errors end in one line: exit code 2 where they are the user's, else 1."""
+class Command(click.Command):
+    """A command whose errors end in one line: exit code 2 where they are the user's, else 1."""
 
     def invoke(self, ctx):
         keep_memory()
-        with handled({signal.SIGTERM: signal.default_int_handler}):  # as Ctrl-C
-            return in_one_line(ctx, super().invoke)
+        try:
+            with handled({signal.SIGTERM: signal.default_int_handler}):  # as Ctrl-C
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            error, code = "stopped; files are written whole or not at all", 130
+        except RunFailed as e:
+            error, code = e, 1
+        except (ValueError, OSError, MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
+                raise
+            more = "; out of memory: take a smaller batch, model or size"
+            error, code = f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        ctx.exit(code)
 
 
-def in_one_line(ctx, invoke):
-    """Invoke a command; what is the user's to mend is told in one line."""
-    try:
-        return invoke(ctx)
-    except KeyboardInterrupt:
-        error, code = "stopped; files are written whole or not at all", 130
-    except RunFailed as e:
-        error, code = e, 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "alloc" not in str(e) and "memory" not in str(e):
-            raise
-        more = "; out of memory: take a smaller batch, model or size"
-        error, code = f"{e}{more * isinstance(e, (MemoryError, RuntimeError))}", 2
-    click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-    ctx.exit(code)
+class Commands(Command, click.Group):
+    """A group of commands, likewise."""
 
 
 def keep_memory():
@@ -86,8 +85,6 @@ def check_options(cfg: ModelConfig, **given):
         if value and cfg.task not in OPTION_TASKS[name]:
             raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
                              f"for {cfg.task}")
-    if given.get("tto") and cfg.model == "vnp":
-        raise ValueError("--tto refines generated weights and a VNP has none; leave it out")
 
 
 def check_output(out, *inputs, folder: bool = False):
@@ -188,13 +185,13 @@ def parse_fields(pairs) -> dict:
     known = {f.name: type(f.default) for c in (ModelConfig, TrainConfig) for f in fields(c)}
     for name in ("task", "model", "preset"):
         known.pop(name)
-    words, out = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}, {}
+    out = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         check_choice("--set", name, known)
         try:
-            out[name] = words[value.lower()] if known[name] is bool else known[name](value)
-        except (ValueError, KeyError) as e:
+            out[name] = click.types.convert_type(known[name])(value)
+        except click.BadParameter as e:
             raise ValueError(f"--set {pair}: {name} takes a {known[name].__name__}") from e
     return out
 
@@ -428,7 +425,8 @@ def context_of(model, data, part: list[int]) -> dict:
     i, = part
     if model.cfg.task == "nvs":
         return scene_context(model, data[i])
-    return {k: v[None] for k, v in zip(("x", "y", "mask"), data.first_window(i))}
+    window = data.window(data.first[i], data.counts[i], data.points)  # its first points
+    return {k: v[None].float() for k, v in zip(("x", "y", "mask"), window)}
 
 
 @cli.command()

@@ -24,6 +24,7 @@ from data.images import Tree, naming, read_all
 KERNELS = ("rbf", "matern52", "periodic")
 NOISE = 0.02  # standard deviation of the noise on a curve
 MAX_CONTEXT = 46  # context points of a curve; with its targets fewer than 50
+CENTRAL_95 = 1.96  # standard deviations to either side hold 95 % of a Gaussian
 
 # ------------------------------------------------------------------------- Gaussian processes
 def covariance(kernel: str, x1: Tensor, x2: Tensor, length, scale, period) -> Tensor:
@@ -101,20 +102,25 @@ def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
         yield x, factor @ white, hyper, n
 
 
+def _condition(kernel: str, x, y, xt, hyper, noise) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior of y at xt given (x, y), and the log density (..., B) of the given y: exact."""
+    factor = _cholesky(kernel, x, hyper, noise)
+    a, b = (torch.linalg.solve_triangular(factor, v, upper=False)
+            for v in (covariance(kernel, x, xt, *hyper), y))
+    var = hyper[1].square() + noise**2 - a.square().sum(-2, keepdim=True).mT
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros_like(y[..., 0]), scale_tril=factor).log_prob(y[..., 0])
+    return a.mT @ b, var.clamp(min=1e-12).sqrt(), evidence
+
+
 def gp_posterior(kernel: str, x, y, xt, hyper, noise=NOISE) -> tuple[Tensor, Tensor]:
     """Exact posterior of y at xt (B, M, 1) given (x, y) (B, N, 1): mean and std (..., B, M, 1)."""
-    factor = _cholesky(kernel, x, hyper, noise)
-    a = torch.linalg.solve_triangular(factor, covariance(kernel, x, xt, *hyper), upper=False)
-    b = torch.linalg.solve_triangular(factor, y, upper=False)
-    var = hyper[1].square() + noise**2 - a.square().sum(-2, keepdim=True).mT
-    return a.mT @ b, var.clamp(min=1e-12).sqrt()
+    return _condition(kernel, x, y, xt, hyper, noise)[:2]
 
 
 def log_density(kernel: str, x, y, hyper, noise=NOISE) -> Tensor:
-    """Exact log density (B,) of noisy observations y at x, (B, N, 1) each."""
-    factor = _cholesky(kernel, x, hyper, noise)
-    mean = y.new_zeros(y.shape[-2])
-    return torch.distributions.MultivariateNormal(mean, scale_tril=factor).log_prob(y[..., 0])
+    """Exact log density (..., B) of noisy observations y at x, (B, N, 1) each."""
+    return _condition(kernel, x, y, x[:, :0], hyper, noise)[2]
 
 
 def joint_log_likelihood(kernel: str, x, y, xt, yt, hyper, noise=NOISE) -> Tensor:
@@ -131,9 +137,8 @@ def averaged_gp(x, y, xt, noises: tuple = (NOISE,)) -> tuple[Tensor, Tensor]:
     lengths, scales = torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10)
     grid = torch.cartesian_prod(lengths, scales, torch.tensor(noises)).to(x)  # (G, 3)
     length, scale, noise = grid.view(-1, 1, 1, 1, 3).unbind(-1)  # (G, 1, 1, 1)
-    evidence = log_density("rbf", x, y, (length, scale, None), noise)  # (G, B)
-    mean, std = gp_posterior("rbf", x, y, xt, (length, scale, None), noise)  # (G, B, M, 1)
-    weight = evidence.softmax(0)[..., None, None]
+    mean, std, evidence = _condition("rbf", x, y, xt, (length, scale, None), noise)
+    weight = evidence.softmax(0)[..., None, None]  # (G, B, 1, 1); mean, std (G, B, M, 1)
     average = (weight * mean).sum(0)
     return average, (weight * (std.square() + (mean - average).square())).sum(0).sqrt()
 
@@ -225,16 +230,15 @@ def _grid(lines: list[str]) -> tuple[list[list], list[str], dict[int, type]]:
 
     delimiter, decimal = max(itertools.product((",", ";", "\t", "|", None), ".,"), key=score)
     rows = _rows(lines, delimiter, decimal)
-    full = [i for i, row in enumerate(rows) if _is_full(row)]
-    width = Counter([len(rows[i]) for i in full] or [0]).most_common(1)[0][0]
-    full = [i for i in full if len(rows[i]) >= width]
-    if delimiter is None:  # nothing says which cell is empty
-        rows = [row if not row or len(row) >= width else [math.nan] for row in rows]
-    columns = zip(*(rows[i][:width] for i in full))
+    full = [row for row in rows if _is_full(row)]
+    width = Counter([len(row) for row in full] or [0]).most_common(1)[0][0]
+    columns = zip(*(row[:width] for row in full if len(row) >= width))
     types = [Counter(type(v) for v in column if v == v).most_common(1) for column in columns]
     kinds = {j: top[0][0] for j, top in enumerate(types) if top and top[0][0] is not str}
     if len(kinds) < 2:
         raise ValueError("no rows of two numbers x,y; dates are read as 2020-01-31 23:59")
+    if delimiter is None:  # nothing says which cell is empty
+        rows = [row if not row or len(row) >= width else [math.nan] for row in rows]
     first = next(i for i, row in enumerate(rows) if len(row) == width
                  and type(x := row[min(kinds)]) is kinds[min(kinds)] and x == x
                  and not any(isinstance(row[j], str) for j in kinds))
@@ -270,7 +274,8 @@ def _series(lines: list[str], columns: str | None) -> Table:
         x, *y = (row[j] if j < len(row) else math.nan for j in chosen)
         beside = row[chosen[0] + 1 :][:1]
         if isinstance(x, datetime) and beside and (time := CLOCK.fullmatch(str(beside[0]))):
-            x += timedelta(**dict(zip(("hours", "minutes", "seconds"), map(int, time.groups("0")))))
+            hours, minutes, seconds = map(int, time.groups("0"))
+            x += timedelta(hours=hours, minutes=minutes, seconds=seconds)
         if type(x) is not kinds[chosen[0]] or x != x or all(v != v for v in y):
             left += 1
         elif all(isinstance(v, float) for v in y):
@@ -334,23 +339,6 @@ def standardise(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tenso
     return (x - x_mid) / x_scale, (y - mean) * seen / y_scale, (x_mid, x_scale, mean, y_scale)
 
 
-def windows_of(table: Table, n_values: int, most: int) -> list[tuple]:
-    """The first values of a table in neighboring parts of up to `most` points, standardised.
-
-    (x (N, 1), y, mask (N, n_values), units) each. Errors: ValueError if the table has fewer values.
-    """
-    if table.y.shape[1] < n_values:
-        raise ValueError(f"this model is of {n_values} values, and the table has "
-                         f"{table.y.shape[1]}; give --columns x,y1,y2")
-    y, mask = table.y[:, :n_values], table.mask[:, :n_values]
-    there = mask.any(1)
-    x, y, mask, parts = table.x[there], y[there], mask[there], []
-    for i in x[:, 0].argsort(stable=True).tensor_split(-(-len(x) // most)):
-        xs, ys, units = standardise(x[i], y[i], mask[i])
-        parts.append((xs, ys, mask[i], units))
-    return parts
-
-
 def _load(path, columns: str | None, n_values: int) -> list[tuple]:
     """Curves as (name of file or first column, x (N, 1), y (N, D), mask (N, D)), sorted by x."""
     if Path(path).is_dir() or zipfile.is_zipfile(path):
@@ -388,10 +376,10 @@ class CurveSet:
     def __init__(self, path, split: str = "train", columns=None, points: int = 48, limit: int = 0,
                  n_values: int = 1):
         def part(items, least=MIN_POINTS):
-            n, tenth = len(items), max(-(-len(items) // 10), min(least, len(items) // 3))
-            ends = {"train": (0, n - 2 * tenth), "val": (n - 2 * tenth, n - tenth),
-                    "test": (n - tenth, n), "all": (0, n)}
-            return items[slice(*ends[split])]
+            tenth = max(-(-len(items) // 10), min(least, len(items) // 3))
+            parts = {"train": slice(-2 * tenth), "val": slice(-2 * tenth, -tenth),
+                     "test": slice(-tenth, None), "all": slice(None)}
+            return items[parts[split]]
         curves = _load(path, columns, n_values)
         units = sorted({unit for unit, *_ in curves},
                        key=lambda unit: (zlib.crc32(unit.encode(errors="replace")), unit))
@@ -426,28 +414,28 @@ class CurveSet:
         length = self.counts[pick].clamp(max=max(points, self.window_length))  # (B, 1)
         start = torch.rand(batch, 1, generator=gen, dtype=torch.float64)
         start = self.first[pick] + (start * (self.counts[pick] - length + 1)).long()
-        place = torch.arange(max(points, int(length.max())))
-        inside, rows = place < length, start + place.minimum(length - 1)  # (B, P)
-        mask = self.mask[rows] & inside.unsqueeze(-1)
-        x, y, _ = standardise(self.x[rows], self.y[rows], mask)
+        x, y, mask = self.window(start, length, max(points, int(length.max())))
+        place = torch.arange(x.shape[1])
         key = torch.rand(batch, len(place), generator=gen)
         order = (key + (place >= length.clamp(min=points))).argsort(1)[:, :points]
         if y.shape[-1] > 1:
             in_time = torch.rand(batch, 1, generator=gen) < 0.5
-            key = torch.where(in_time & inside, place / length, key).gather(1, order)
+            key = torch.where(in_time & (place < length), place / length, key).gather(1, order)
             order = order.gather(1, key.argsort(1))
         x, y, mask = (v.take_along_dim(order.unsqueeze(-1), 1) for v in (x, y, mask))
         return x, y, None if mask.all() else mask
 
-    def first_window(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first window of a curve: x (points, 1), y and mask (points, D), 0 beyond its end."""
-        place, last = torch.arange(self.points), int(self.counts[i]) - 1
-        rows = int(self.first[i]) + place.clamp(max=last)
-        mask = self.mask[rows] & (place <= last).unsqueeze(-1)
-        x, y, _ = standardise(self.x[rows], self.y[rows], mask)
-        return x.float(), y.float(), mask
+    def window(self, start, length, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`length` rows from `start` on, standardised: x (..., size, 1), y and mask (..., size, D).
 
-    def windows(self, batch: int = 16, repeats: int = 10) -> Iterator:
+        The mask is 0 beyond the length. start and length: (..., 1), or one number.
+        """
+        place = torch.arange(size)
+        rows = start + place.clamp(max=length - 1)
+        mask = self.mask[rows] & (place < length).unsqueeze(-1)
+        return *standardise(self.x[rows], self.y[rows], mask)[:2], mask
+
+    def windows(self, repeats: int = 10) -> Iterator:
         """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""
         groups = {}
         for first, count in zip(self.first.tolist(), self.counts.tolist()):
@@ -456,7 +444,6 @@ class CurveSet:
         for i, (length, starts) in itertools.product(range(repeats), groups.items()):
             key = repr((0, i, 10)).encode()
             order = torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key)))
-            for rows in (torch.tensor(starts)[:, None] + torch.arange(length)).split(batch):
-                x, y, _ = standardise(self.x[rows], self.y[rows], self.mask[rows])
-                mask = None if self.mask[rows].all() else self.mask[rows][:, order]
-                yield x[:, order], y[:, order], mask, length // 2
+            for start in torch.tensor(starts)[:, None].split(16):
+                x, y, mask = (v[:, order] for v in self.window(start, length, length))
+                yield x, y, None if mask.all() else mask, length // 2

@@ -52,15 +52,6 @@ def shard(items):
     return itertools.islice(enumerate(items), rank, None, world_size)
 
 
-def all_gather(rows: list) -> list:
-    """The (i, ...) rows of all processes in the order of i."""
-    parts = [rows]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    return sorted(itertools.chain(*parts), key=lambda row: row[0])
-
-
 def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
     """The code of a context, refined on it by `tto` steps."""
     code = model.encode(context)
@@ -74,7 +65,11 @@ def mean_scores(parts: list, counted: str) -> dict:
     """
     rows, out = {}, {}
     parts = [(i, labels, {k: v.flatten().cpu() for k, v in s.items()}) for i, labels, s in parts]
-    for _, labels, scores in all_gather(parts):
+    gathered = [parts]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, parts)
+    for _, labels, scores in sorted(itertools.chain(*gathered), key=lambda part: part[0]):
         for label, (name, value) in itertools.product(labels, scores.items()):
             rows.setdefault(label, {}).setdefault(name, []).append(value)
     for label, row in rows.items():
@@ -150,7 +145,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
         mean = prediction.mean.view(target.shape)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
         if prediction.std is not None:
-            inside = (mean - target).abs() < 1.96 * prediction.std.view(target.shape)
+            inside = (mean - target).abs() < curves.CENTRAL_95 * prediction.std.view(target.shape)
             scores["coverage"] = inside.float().mean((-2, -1))
         if "mask" in context:
             filled = nearest_filling(context["image"], context["mask"])
@@ -236,7 +231,7 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
     prediction = sample_curves(model, context, xs, samples, gen)
     ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction)
-    inside = ((ys - marginal.mean).abs() < 1.96 * marginal.std).float()
+    inside = ((ys - marginal.mean).abs() < curves.CENTRAL_95 * marginal.std).float()
     scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
               "context_ll": masked_mean(ll[:, :n], seen[:, :n]),
               "coverage": masked_mean(inside[:, n:], seen[:, n:])}
@@ -284,9 +279,6 @@ LEGEND = {
 }
 
 
-SEEDS = {"test": 0, "val": 1, "train": 2, "all": 3}  # of sampled curves
-
-
 def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="test"):
     """{label: scores} of a split: PSNR, or log-likelihood on `count` sets of 16 curves, default 50.
 
@@ -295,18 +287,18 @@ def score(model, data, tto=0, count=0, pairs=0, autoregressive=False, split="tes
     """
     task = model.cfg.task
     if task == "gp":
-        cases = curve_cases(data, count if data else count or 50, SEEDS[split])
+        seed = {"test": 0, "val": 1, "train": 2, "all": 3}[split]  # of sampled curves
+        cases = curve_cases(data, count if data else count or 50, seed)
         return evaluate_curves(model, track(cases, "scoring"), autoregressive)
     only = range(min(count or len(data), len(data)))
     if task == "image":
         return evaluate(model, track(image_cases(model, data, only), "scoring"), tto)
     cases = scene_cases(model, data, only, pairs)
-    return evaluate(model, track(cases, "scoring", len(only)), tto)
+    return evaluate(model, track(cases, "scoring", None if pairs else len(only)), tto)
 
 
 def report(scores: dict):
     """Print scores {label: {name: value}} as a table, mean +- standard error, and its legend."""
-    names = {}
     for label, row in scores.items():
         words = []
         for name, value in row.items():
@@ -314,19 +306,14 @@ def report(scores: dict):
                 error = f" +-{row[f'{name}_se']:.2f}" if f"{name}_se" in row else ""
                 words.append(f"{name} {value:.2f}{error}" if isinstance(value, float) else
                              f"{name} {value}")
-                names[name] = None
         click.echo(f"{label:>12}  " + "  ".join(words))
-    for name in names:
+    for name in dict.fromkeys(itertools.chain(*scores.values())):
         if name in LEGEND:
             click.echo(f"  {name}: {LEGEND[name]}")
 
 
 def write_json(path, value):
     """Write a value to a file beside its place, then rename it; what is not finite is null."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {k: plain(w) for k, w in v.items()}
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
     with atomic(path) as part:
-        part.write_text(json.dumps(plain(value), indent=1) + "\n")
+        part.write_text(json.dumps(finite, indent=1) + "\n")

@@ -9,7 +9,6 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
 from pathlib import Path
 
 import click
@@ -166,11 +165,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    elif "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa"):
-        image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image)
-        return canvas
+    elif image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -230,7 +227,7 @@ def split_names(names: list[str], split: str, root: str = "") -> tuple[list[str]
         return [n for n, i in ids.items() if first <= i <= last], "CelebA's official split"
     folders = {n: m[1].lower() for n in names if (m := SPLIT_FOLDER.search(n))}  # the outermost
     divided = "train" in folders.values() and len(set(folders.values())) > 1
-    for name, kind in folders.items() if divided else zip(names, cycle(["train"])):
+    for name, kind in (folders if divided else dict.fromkeys(names, "train")).items():
         groups[kind].append(name)
     layout = ["folders " + ", ".join(s for s in groups if groups[s])] if divided else []
     order = sorted(groups["train"], key=lambda n: zlib.crc32(n.encode("utf-8", "surrogateescape")))

@@ -26,11 +26,6 @@ HASHES = {  # of the files in the dist folder of the npm package
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 
 
-def integrity(path: Path) -> str:
-    """The hash of a file as browsers check it."""
-    return "sha384-" + base64.b64encode(hashlib.sha384(path.read_bytes()).digest()).decode()
-
-
 def write(path: Path, cfg, data, ort: str | None):
     """Write STEM.html beside STEM.json; with `ort`, a dist folder, copy onnxruntime-web there too.
 
@@ -38,7 +33,9 @@ def write(path: Path, cfg, data, ort: str | None):
     """
     hashes = dict(HASHES)
     for name in hashes if ort else ():
-        hashes[name] = integrity(Path(shutil.copyfile(Path(ort, name), path.with_name(name))))
+        copy = Path(shutil.copyfile(Path(ort, name), path.with_name(name)))
+        digest = hashlib.sha384(copy.read_bytes()).digest()
+        hashes[name] = "sha384-" + base64.b64encode(digest).decode()  # as browsers check it
     setup = {"stem": path.stem, "ort": {(CDN if not ort else "") + k: v for k, v in hashes.items()},
              "example": example(cfg, data)}
     here = Path(__file__).parent

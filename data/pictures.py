@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.curves import CENTRAL_95
+
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG", "": "folder"}
 MONTH_STEPS = 1, 2, 3, 6, 12, 24, 60, 120, 240, 600, 1200, 2400, 6000, 12000, 24000
 DAY_STEPS = *(n / 1440 for n in (1, 5, 15, 30, 60, 180, 360, 720)), 1, 2, 5, 10
@@ -53,7 +55,7 @@ def signed_map(weights: Tensor, limit: float) -> Tensor:
 
 
 def picture_format(path, animated: bool = False) -> str:
-    """The format of a file name, for write; ValueError for one that cannot be written."""
+    """The format of a file name, for pillow; ValueError for one that cannot be written."""
     suffix = "" if Path(path).is_dir() else Path(path).suffix.lower()
     kind = ANIMATIONS.get(suffix) if animated else Image.registered_extensions().get(suffix)
     if kind and not animated:
@@ -65,18 +67,6 @@ def picture_format(path, animated: bool = False) -> str:
         names = ".gif, .webp or .png, or name a folder" if animated else ".png, .jpg, .webp or .gif"
         raise ValueError(f"{path}: not a format that can be written; end the name in {names}")
     return kind
-
-
-def write(pictures: list[np.ndarray], file, format: str):
-    """Write one picture, or several as an animation of 12 frames a second or into a folder."""
-    first, *rest = images = [Image.fromarray(p) for p in pictures]
-    if format == "folder":
-        Path(file).mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            image.save(Path(file) / f"{i:03}.png")
-    else:
-        several = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0}
-        first.save(file, format, **several if rest else {}, quality=95)
 
 
 def ticks(low: float, high: float) -> dict[float, str]:
@@ -107,11 +97,6 @@ def date_ticks(low: float, high: float, origin: datetime) -> dict[float, str]:
     return {mark: label for mark, label in marks.items() if low <= mark <= high}
 
 
-def floats(values) -> np.ndarray:
-    """A tensor, array or list of numbers -> (N,) float64."""
-    return torch.as_tensor(values).detach().double().cpu().numpy().reshape(-1)
-
-
 class Plot:
     """Axes around the points (xs, ys), (N,) each; what is drawn is given in their units.
 
@@ -122,7 +107,7 @@ class Plot:
         self.font = ImageFont.load_default(11 * FINE)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
-        self.ranges = self.ends(floats(xs), 0), self.ends(floats(ys), 1)
+        self.ranges = self.ends(xs, 0), self.ends(ys, 1)
         marks = x_ticks(*self.ranges[0]), ticks(*self.ranges[1])
         left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
         top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
@@ -151,7 +136,7 @@ class Plot:
 
     def place(self, values, axis: int) -> np.ndarray:
         """Values -> where they stand in the image, at its edge if the axis does not hold them."""
-        return np.interp(floats(values), self.ranges[axis], self.frame[axis])
+        return np.interp(values, self.ranges[axis], self.frame[axis])
 
     def points(self, x, y) -> list[tuple[float, float]]:
         places = np.stack((self.place(x, 0), self.place(y, 1)), 1)
@@ -159,16 +144,6 @@ class Plot:
 
     def text(self, place, text: str, anchor: str):
         self.pen.text(place, text, "#374151", self.font, anchor)
-
-    def line(self, x, y, color: str, width: float = 2):
-        self.pen.line(self.points(x, y), color, round(width * FINE), "curve")
-
-    def dots(self, x, y, color: str, radius: float = 3):
-        for a, b in self.points(x, y):
-            self.pen.circle((a, b), radius * FINE, color)
-
-    def pixels(self) -> np.ndarray:
-        return np.array(self.image.reduce(FINE))
 
 
 def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_name: str = "x",
@@ -183,24 +158,25 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
     n_values = y[0].shape[1]
     units = units or (torch.zeros(1), torch.ones(1), torch.zeros(n_values), torch.ones(n_values))
     (a,), (b,), *columns = (u.flatten().tolist() for u in units)
-    in_x, plots = lambda v: floats(v) * b + a, []
+    in_x, plots = lambda v: v[..., 0].double().cpu().numpy() * b + a, []
     x_ticks = partial(date_ticks, origin=origin) if origin else ticks
     for j, (c, d) in enumerate(zip(*columns)):
-        in_y = lambda v: floats(v[..., j]) * d + c
+        in_y = lambda v: v[..., j].double().cpu().numpy() * d + c
         dots = [(in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]), color)
                 for u, v, m, color in zip(x, y, mask, ("black", "#e08a2b"))]
-        mean, wide, t = band[0], 1.96 * band[1], in_x(grid)
+        mean, wide, t = band[0], CENTRAL_95 * band[1], in_x(grid)
         low, high = in_y(mean - wide), in_y(mean + wide)
         xs, ys = (np.concatenate([points[axis] for points in dots]) for axis in (0, 1))
         plot = Plot(size, np.concatenate((t, xs)), np.concatenate((low, high, ys)), x_name,
                     y_names[j] if y_names else "y", x_ticks)
         plot.pen.polygon(plot.points(t, high) + plot.points(t, low)[::-1], "#d6e4f5")
         for sample in draws:
-            plot.line(t, in_y(sample), "#8fb3de", 1)
-        plot.line(t, in_y(mean), "#1f4e8c")
+            plot.pen.line(plot.points(t, in_y(sample)), "#8fb3de", FINE, "curve")
+        plot.pen.line(plot.points(t, in_y(mean)), "#1f4e8c", 2 * FINE, "curve")
         for u, v, color in reversed(dots):
-            plot.dots(u, v, color)
-        plots.append(plot.pixels())
+            for point in plot.points(u, v):
+                plot.pen.circle(point, 3 * FINE, color)
+        plots.append(np.array(plot.image.reduce(FINE)))
     return plots
 
 

@@ -5,9 +5,11 @@ Stands on top of tinyinr.py; data/pictures.py, which draws, knows nothing of mod
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data import curves, images, pictures
@@ -19,12 +21,16 @@ from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, look_at
 
 
 def write_pictures(drawn: list, out, animated: bool = False):
-    """Write a picture, or an animation or a folder of them, in the format that the name says."""
-    form = pictures.picture_format(out, animated)
+    """Write a picture, or several into a folder or as an animation of 12 frames a second."""
+    form, (first, *rest) = pictures.picture_format(out, animated), map(Image.fromarray, drawn)
     if form == "folder":
-        return pictures.write(drawn, out, form)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for i, frame in enumerate((first, *rest)):
+            frame.save(Path(out, f"{i:03}.png"))
+        return
+    several = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0} if rest else {}
     with atomic(out) as part:
-        pictures.write(drawn, part, form)
+        first.save(part, form, **several, quality=95)
 
 
 def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, Tensor]:
@@ -90,9 +96,24 @@ def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction
 
 
 def table_parts(model, table) -> list[tuple]:
-    """A series in parts that the model reads: (x, y, mask, units) each."""
-    most = curves.MAX_CONTEXT if model.cfg.n_values == 1 else WINDOW
-    return curves.windows_of(table, model.cfg.n_values, most)
+    """The first values of a series, standardised, in neighboring parts that the model reads.
+
+    (x (N, 1), y, mask (N, D), units) each. Errors: ValueError if the table has fewer values.
+    """
+    d = model.cfg.n_values
+    if table.y.shape[1] < d:
+        raise ValueError(f"this model is of {d} values, and the table has {table.y.shape[1]}; give "
+                         "--columns x,y1,y2")
+    most = curves.MAX_CONTEXT if d == 1 else WINDOW
+    y, mask, parts = table.y[:, :d], table.mask[:, :d], []
+    if not mask.any():
+        raise ValueError(f"{', '.join(table.y_names[:d])}: no value beside an x; choose --columns")
+    rows = table.x[:, 0].argsort(stable=True)
+    rows = rows[mask[rows].any(1)]
+    for i in rows.tensor_split(-(-len(rows) // most)):
+        x, values, units = curves.standardise(table.x[i], y[i], mask[i])
+        parts.append((x, values, mask[i], units))
+    return parts
 
 
 def plot_context(model, x, y, mask, *args) -> list:
@@ -119,10 +140,11 @@ def tabulate_curve(model, table, points: int) -> dict:
     for *xym, (a, b, c, d) in table_parts(model, table):
         grid, band, _ = curve_band(model, *xym, points)
         columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
+        mean, std = band.mean * d + c, band.std * d
+        wide = curves.CENTRAL_95 * std
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
-            for kind, v in (("mean", band.mean * d + c), ("std", band.std * d),
-                            ("lower", (band.mean - 1.96 * band.std) * d + c),
-                            ("upper", (band.mean + 1.96 * band.std) * d + c)):
+            for kind, v in (("mean", mean), ("std", std), ("lower", mean - wide),
+                            ("upper", mean + wide)):
                 columns.setdefault(f"{name} {kind}", []).append(v[:, j])
     columns = {k: torch.cat(v).double().numpy() for k, v in columns.items()}
     if table.origin:
@@ -150,8 +172,8 @@ def render_image(model, code: dict, height: int, width: int):
     parts = []
     for some in track(rows.split(max(1, (1 << 16) // width)), "rendering"):
         values = model.decode(code, {"coords": torch.cartesian_prod(some, cols)[None]}, z=z).mean
-        parts.append((values.clamp(0, 1) * 255).round().byte().cpu().view(-1, width, 3))
-    return torch.cat(parts).numpy()
+        parts.append(pictures.to_uint8(values).reshape(-1, width, 3))
+    return np.concatenate(parts)
 
 
 def scene_context(model, scene) -> dict:
@@ -183,8 +205,8 @@ def render_scene(model, code: dict, poses: Tensor, focals: Tensor, size: int) ->
                           for r in camera_rays(pose, focal, size, size))
         query = {"rays_o": rays_o, "rays_d": rays_d}
         z = mean_latents(model, code, query) if z is None else z  # once for all views
-        pixels = predict(model, code, query, z).mean.clamp(0, 1)
-        views.append((pixels * 255).round().byte().cpu().view(size, size, 3).numpy())
+        pixels = predict(model, code, query, z).mean
+        views.append(pictures.to_uint8(pixels).reshape(size, size, 3))
     return views
 
 

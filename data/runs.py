@@ -64,11 +64,11 @@ def truncate_log(log: Path, step: int) -> float:
 
 
 @contextlib.contextmanager
-def processes(device: str, patience: float = 600.0):
+def processes(device: str):
     """Join the processes that torchrun started, if it did; only the main one prints and writes.
 
     CPU tensors are exchanged by gloo, GPU tensors by nccl, each process on a GPU of its own. A
-    process that waits `patience` seconds in vain for the others gives up.
+    process that waits ten minutes in vain for the others gives up.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -76,7 +76,7 @@ def processes(device: str, patience: float = 600.0):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=timedelta(seconds=patience))
+                            timeout=timedelta(minutes=10))
     try:
         with open(os.devnull, "w") as null:
             with contextlib.redirect_stdout(null if dist.get_rank() else sys.stdout):

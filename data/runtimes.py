@@ -24,7 +24,9 @@ SHIFT = {"near": 2, "far": 6, "coords": -0.5, "x": -0.5,  # from [0, 1): rays th
 PREAMBLE = """import json, sys, numpy as np
 def report(load):
     for path in sys.argv[2:]:
-        feed, truth = (dict(np.load(path + s + ".npz")) for s in (".in", ".out"))
+        with open(path + ".json") as f:
+            feed, truth = ({k: np.reshape(data, dims).astype("f4") for k, (data, dims) in x.items()}
+                           for x in json.load(f).values())
         try:
             out = load(path, feed)
             out = dict(zip(truth, map(np.asarray, out)))
@@ -93,8 +95,6 @@ def prepare(path: Path, folder: Path) -> str:
         if name in feed:
             feed[name] += np.float32(value)
     truth = dict(zip((o.name for o in session.get_outputs()), session.run(None, feed)))
-    np.savez(f"{copy}.in.npz", **feed)
-    np.savez(f"{copy}.out.npz", **truth)
     plain = lambda d: {k: (v.ravel().tolist(), v.shape) for k, v in d.items()}
     Path(f"{copy}.json").write_text(json.dumps({"feed": plain(feed), "truth": plain(truth)}))
     return str(copy)

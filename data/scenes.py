@@ -34,7 +34,6 @@ NPY_LOCK = Lock()  # np.load reads headers by `ast`, which may fail in threads (
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
 LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
-CAMERA_KEYS = "fl_x", "fl_y", "cx", "cy", "w", "h"
 # COLMAP's camera models that may be pinholes: number, focal lengths, parameters
 PINHOLES = {"SIMPLE_PINHOLE": (0, 1, 3), "PINHOLE": (1, 2, 4), "SIMPLE_RADIAL": (2, 1, 4),
             "RADIAL": (3, 1, 5), "OPENCV": (4, 2, 8), "FULL_OPENCV": (6, 2, 12)}
@@ -119,7 +118,7 @@ def parse_transforms(data: bytes) -> Iterator[View]:
         if any(given.get("rolling_shutter") or ()):
             raise ValueError("rolling_shutter is not 0; give pictures of a global shutter")
         fx, fy, *middle, w, h = (None if given.get(k) is None else float(given[k])
-                                 for k in CAMERA_KEYS)
+                                 for k in ("fl_x", "fl_y", "cx", "cy", "w", "h"))
         h = h if w else None
         if fx is None:
             if not w and middle != [None, None]:
@@ -215,7 +214,6 @@ LAYOUTS = {  # files that mark a scene's folder, and the reader; the first that 
     "COLMAP": (r"(sparse/(0/)?)?cameras\.(bin|txt)", read_colmap),
     "SRN": (r"intrinsics\.txt", read_srn),
     "zero123": (r"\d+\.npy", read_zero123)}
-MARKERS = [re.compile(f"(?:(.*?)/)??{pattern}") for pattern, _ in LAYOUTS.values()]
 
 
 def find_scenes(tree: Tree, folder: str = "") -> dict[str, tuple[str, list[str]]]:
@@ -227,8 +225,8 @@ def find_scenes(tree: Tree, folder: str = "") -> dict[str, tuple[str, list[str]]
     for name in names_in(tree, folder):
         if not name.endswith((".json", ".bin", ".txt", ".npy")):
             continue
-        for layout, marker in zip(LAYOUTS, MARKERS):
-            if match := marker.fullmatch(name):
+        for layout, (pattern, _) in LAYOUTS.items():
+            if match := re.fullmatch(f"(?:(.*?)/)??{pattern}", name):
                 found.setdefault(match[1] or "", {}).setdefault(layout, []).append(name)
     for scene, layouts in sorted(found.items()):
         above = {str(p).removeprefix(".") for p in PurePosixPath(scene).parents}
