@@ -1101,6 +1101,17 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
     close(half["model"], trained.ckpt["model"], 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_keeps_frequencies_and_axes(dtype):
+    for cell in CELLS:
+        model = tiny(*cell)
+        before = {k: v.clone() for k, v in model.named_buffers() if k in ("freqs", "axis")}
+        model.to(dtype)
+        assert all(torch.equal(getattr(model, k), v) for k, v in before.items())
+        assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.double().freqs.dtype == torch.float64
+
+
 def test_fields_are_read_as_typed():
     assert commands.parse_fields(["flip=true", "masked=no", "lr=3e-4", "dim=64"]) == {
         "flip": True, "masked": False, "lr": 3e-4, "dim": 64}
@@ -1392,6 +1403,17 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
 
 
+def test_standard_errors_count_the_values_of_a_unit_once():
+    """Of equally many values they are that of the means of three units; two parts have each."""
+    values = rand(2, 3, 2, 4)
+    parts = [(i, ("a",), {"v": v}, torch.full((2,), i % 3))
+             for i, v in enumerate(values.flatten(0, 1))]
+    means = values.mean((0, 2, 3))
+    assert evaluation.mean_scores(parts, "n", "units")["a"] == pytest.approx({
+        "v": float(means.mean()), "v_se": float(means.std() / 3**0.5), "n": 48, "units": 3})
+    assert "v_se" not in evaluation.mean_scores(parts[:1], "n")["a"]
+
+
 def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
     """Targets one by one in any order: the chain rule."""
     x, y, hyper, n = next(curves.gp_test_sets("rbf", 1))
@@ -1399,7 +1421,7 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
         "rbf", *(v.double() for v in (code["x"], code["y"], query["x"])), hyper))
     exact = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
                             encode=lambda context: context, decode=posterior)
-    case = (x, y, None, ("rbf", hyper), n, "rbf")
+    case = (x, y, None, ("rbf", hyper), n, "rbf", None)
     joint, marginal = (evaluation.evaluate_curves(exact, [case], by_one)["rbf"]
                        for by_one in (True, False))
     assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)

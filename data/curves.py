@@ -436,7 +436,10 @@ class CurveSet:
         return *standardise(self.x[rows], self.y[rows], mask)[:2], mask
 
     def windows(self, repeats: int = 10) -> Iterator:
-        """All windows, split `repeats` times: x, y, mask or None (B, P, .) and P // 2, the seen."""
+        """All windows, split `repeats` times: x, y, mask or None (B, P, .), P // 2, numbers (B,).
+
+        The first half of each is the context; numbers: of the windows.
+        """
         groups = {}
         for first, count in zip(self.first.tolist(), self.counts.tolist()):
             length = min(self.window_length, count)
@@ -446,4 +449,4 @@ class CurveSet:
             order = torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key)))
             for start in torch.tensor(starts)[:, None].split(16):
                 x, y, mask = (v[:, order] for v in self.window(start, length, length))
-                yield x, y, None if mask.all() else mask, length // 2
+                yield x, y, None if mask.all() else mask, length // 2, start[:, 0]

@@ -58,27 +58,37 @@ def encode_for(model, context: dict, tto: int = 0) -> dict[str, Tensor]:
     return optimize(model, code, context, tto) if tto else code
 
 
-def mean_scores(parts: list, counted: str) -> dict:
+def standard_error(values: Tensor, units: Tensor) -> float:
+    """Of the mean of values (N,), where those of the same unit (N,) depend on each other."""
+    unit = units.unique(return_inverse=True)[1]
+    sums = values.new_zeros(int(unit.max()) + 1).index_add(0, unit, values - values.mean())
+    return float((sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt() / len(values))
+
+
+def mean_scores(parts: list, counted: str, unit: str = "") -> dict:
     """{label: {score: mean, score_se: its standard error, counted: how many}}, of all processes.
 
-    parts: (i, labels, {score: values}).
+    parts: (i, labels, {score: values (B, ...)}, units (B,)). Values of one unit, such as the views
+    of an object, are not independent; `unit` names the number of units where it differs.
     """
     rows, out = {}, {}
-    parts = [(i, labels, {k: v.flatten().cpu() for k, v in s.items()}) for i, labels, s in parts]
+    parts = [(i, labels, {k: v.cpu() for k, v in s.items()}, u) for i, labels, s, u in parts]
     gathered = [parts]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, parts)
-    for _, labels, scores in sorted(itertools.chain(*gathered), key=lambda part: part[0]):
+    for _, labels, scores, units in sorted(itertools.chain(*gathered), key=lambda part: part[0]):
         for label, (name, value) in itertools.product(labels, scores.items()):
-            rows.setdefault(label, {}).setdefault(name, []).append(value)
+            pair = value.flatten(), units.repeat_interleave(value[0].numel())
+            rows.setdefault(label, {}).setdefault(name, []).append(pair)
     for label, row in rows.items():
-        row = {k: torch.cat(v) for k, v in row.items()}
-        out[label] = {k: float(v.mean()) for k, v in row.items()}
-        for k, v in row.items():
-            if len(v) > 1:
-                out[label][f"{k}_se"] = float(v.std() / len(v) ** 0.5)
-        out[label][counted] = max(map(len, row.values()))
+        row = {k: tuple(map(torch.cat, zip(*pairs))) for k, pairs in row.items()}
+        n_units = {k: len(units.unique()) for k, (_, units) in row.items()}
+        out[label] = {k: float(values.mean()) for k, (values, _) in row.items()}
+        out[label] |= {f"{k}_se": standard_error(*row[k]) for k in row if n_units[k] > 1}
+        out[label][counted] = max(len(values) for values, _ in row.values())
+        if unit:
+            out[label][unit] = max(n_units.values())
     return out
 
 
@@ -89,6 +99,7 @@ class Case(NamedTuple):
     query: dict
     target: Tensor
     label: str
+    numbers: Tensor  # (B,), of the signals
     large: Tensor | None = None
 
 
@@ -109,7 +120,7 @@ def image_cases(model, data, only=None, batch=32):
                                                    [generator(0, k) for k in picked])
                 yield Case(context, {"coords": grid}, context["image"].flatten(2).mT.unsqueeze(1),
                            label if fraction == 1 else f"{label}, {fraction:.0%} seen",
-                           large if native and fraction == 1 else None)
+                           torch.tensor(picked), large if native and fraction == 1 else None)
 
 
 def scene_cases(model, data, only=None, pairs=0, batch=10):
@@ -128,7 +139,8 @@ def scene_cases(model, data, only=None, pairs=0, batch=10):
                        "focals": focals[seen]}
             target = images[asked].flatten(3).transpose(2, 3).float() / 255  # (B, V, H W, 3)
             yield Case(*(to_device(x, model.freqs.device) for x in (
-                context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i])
+                context, {"rays_o": rays_o, "rays_d": rays_d}, target)), data.labels[i],
+                torch.full((len(seen),), i))
 
 
 @torch.no_grad()
@@ -136,10 +148,10 @@ def evaluate(model, cases, tto: int = 0) -> dict:
     """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
 
     Returns {label: {"psnr", "psnr_se", ..., "pictures"}}, of whole images and scenes of several
-    labels the label "all", too.
+    labels the label "all", too; of scenes also the number of "objects".
     """
-    parts = []
-    for i, (context, query, target, label, large) in shard(cases):
+    parts, scenes = [], model.cfg.task == "nvs"
+    for i, (context, query, target, label, numbers, large) in shard(cases):
         code = encode_for(model, context, tto)
         prediction = predict(model, code, query)
         mean = prediction.mean.view(target.shape)
@@ -163,8 +175,8 @@ def evaluate(model, cases, tto: int = 0) -> dict:
             scores["large"] = psnr(predict(model, code, {"coords": coords}).mean, truth)
             scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
             scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
-        parts.append((i, {label} if "mask" in context else {label, "all"}, scores))
-    out = mean_scores(parts, "pictures")
+        parts.append((i, {label} if "mask" in context else {label, "all"}, scores, numbers))
+    out = mean_scores(parts, "pictures", "objects" * scenes)
     whole = [label for label in out if "seen" not in label and label != "all"]
     return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
 
@@ -193,18 +205,19 @@ def mixture_log_likelihood(prediction: Prediction, y: Tensor) -> Tensor:
 def curve_cases(data, count: int, seed: int = 0):
     """Sets to score on, of every kernel, or windows of a set of series.
 
-    (x (B, N, 1), y (B, N, D), mask or None, (kernel, hyperparameters) or None, context size, label)
+    (x (B, N, 1), y (B, N, D), mask or None, (kernel, hyperparameters) or None, context size, label,
+    numbers (B,) of the windows or None)
     """
     if data is not None:
-        windows = ((*xym, None, n, "series") for *xym, n in data.windows())
+        windows = ((*xym, None, n, "series", rows) for *xym, n, rows in data.windows())
         return itertools.islice(windows, count) if count else windows
-    return ((x, y, None, (kernel, hyper), n, kernel) for kernel in curves.KERNELS
+    return ((x, y, None, (kernel, hyper), n, kernel, None) for kernel in curves.KERNELS
             for x, y, hyper, n in curves.gp_test_sets(kernel, count, seed))
 
 
 def masked_mean(values: Tensor, known: Tensor) -> Tensor:
-    """Mean of the values that are known."""
-    return (values * known).sum() / known.sum()
+    """Mean (B,) over the values (B, M, D) of every curve that are known."""
+    return (values * known).sum((1, 2)) / known.sum((1, 2))
 
 
 def joint_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict:
@@ -221,7 +234,7 @@ def joint_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict:
     scores = {"joint_ll": masked_mean(torch.cat(ll, 1), seen[:, n:])}
     if true:
         scores["gp_joint"] = curves.joint_log_likelihood(
-            true[0], x[:, :n], y[:, :n], x[:, n:], y[:, n:], true[1]).mean()
+            true[0], x[:, :n], y[:, :n], x[:, n:], y[:, n:], true[1])
     return scores
 
 
@@ -238,11 +251,11 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     given, at, truth = (x[:, :n], y[:, :n]), x[:, n:], y[:, n:]
     if true:
         posterior = curves.gp_posterior(true[0], *given, at, true[1])
-        scores["gp"] = log_likelihood(Prediction(*posterior), truth).mean()
+        scores["gp"] = log_likelihood(Prediction(*posterior), truth).mean((1, 2))
     if y.shape[-1] == 1:
         noises = (curves.NOISE,) if true else (0.02, 0.05, 0.1, 0.2, 0.4)
         posterior = curves.averaged_gp(*given, at, noises)
-        scores["averaged_gp"] = log_likelihood(Prediction(*posterior), truth).mean()
+        scores["averaged_gp"] = log_likelihood(Prediction(*posterior), truth).mean((1, 2))
     return scores
 
 
@@ -252,18 +265,22 @@ def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 5
 
     autoregressive: the joint one of the targets instead of each one's given the context alone.
     """
-    parts, kind = [], joint_scores if autoregressive else marginal_scores
-    for i, (x, y, mask, true, n, label) in shard(cases):
+    parts, kind, counted = [], joint_scores if autoregressive else marginal_scores, ("sets",)
+    for i, (x, y, mask, true, n, label, numbers) in shard(cases):
         known = torch.ones_like(y) if mask is None else mask.to(y)
         scores = kind(model, x, y, known, true, n, samples, generator(i, 7))
-        parts.append((i, (label,), scores))
-    return mean_scores(parts, "sets")
+        if numbers is None:  # all curves of a set have one context size
+            numbers, scores = torch.tensor([i]), {k: v.mean(0, True) for k, v in scores.items()}
+        else:
+            counted = "splits", "windows"
+        parts.append((i, (label,), scores, numbers))
+    return mean_scores(parts, *counted)
 
 
 LEGEND = {
-    "psnr": "dB, mean over pictures +- standard error, of values clamped to [0, 1]",
+    "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error",
     "psnr_unclamped": "the same of values as they are",
-    "coverage": "part of the values in the central 95 % of the prediction",
+    "coverage": "part of the values within 1.96 predicted std of the mean",
     "nearest": "dB of every pixel with the color of the nearest seen one",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",
@@ -275,7 +292,10 @@ LEGEND = {
     "averaged_gp": "exact RBF posteriors, averaged over kernels by their evidence in the context",
     "joint_ll": "joint log-likelihood per target, each given the true ones before it",
     "gp_joint": "the exact joint, told the true kernel",
-    "sets": "each of up to 16 curves, with one context size",
+    "sets": "each of 16 curves, with one context size",
+    "splits": "of windows into context and targets",
+    "windows": "counted once in standard errors",
+    "objects": "counted once in standard errors, as views of one depend on each other",
 }
 
 

@@ -70,7 +70,7 @@ def sample_pictures(model, data, count: int = 12):
     """Held-out signals: truth above prediction, or plots of curves, as one picture (uint8)."""
     if model.cfg.task == "gp":
         rows = []
-        for x, y, mask, _, n, _ in itertools.islice(curve_cases(data, 2), 6):
+        for x, y, mask, _, n, *_ in itertools.islice(curve_cases(data, 2), 6):
             x, y = x[0].float(), y[0].float()
             mask = torch.ones_like(y) if mask is None else mask[0]
             rows.append(plot_context(model, *((v[:n], v[n:]) for v in (x, y, mask))))
