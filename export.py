@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from dataclasses import asdict
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import click
@@ -92,8 +92,12 @@ def notes(cfg: ModelConfig) -> list[str]:
                 if cfg.grid else
                 f"views may have any size; trained with {side} x {side} pixels",
                 f"trained with near={cfg.near:g} and far={cfg.far:g}"],
-        "gp": ["trained on x in [-2, 2]; mask 0 pads contexts to one length"],
+        "gp": ["trained on x in [-2, 2] and y of mean 0 and std about 0.5: standardise your data",
+               "mask 0 pads contexts to one length"],
     }[cfg.task]
+    if cfg.task == "nvs" and cfg.grid:
+        lines.append("the object lies in the unit sphere, beyond it is nothing; trained with "
+                     "cameras about 4 from its middle")
     if cfg.model == "vnp":
         lines.append("latents are pooled over the rays of a call: render a picture in one call"
                      if cfg.latent_pool == "query" else
@@ -376,6 +380,9 @@ def export_all(folder: Path, out: str | None, options: dict):
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth"))
     if not paths or not out:
         raise ValueError(f"--all {folder} -o {out}: give a folder with .pt or .pth, and -o FOLDER")
+    for a, b in pairwise(paths):
+        if a.stem == b.stem:
+            raise ValueError(f"{a} and {b} would be exported to the same files; rename one")
     Path(out).mkdir(exist_ok=True)
     rows = []
     for path in paths:
@@ -403,8 +410,11 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
     click.echo(f"{cfg.model} on {cfg.task}, opset {opset}\n  " + "\n  ".join(about["notes"]))
     if fp16:
         before, _, after = quality(model), round_weights(model), quality(model)
-        click.echo(f"  fp16: {'LL' if cfg.task == 'gp' else 'PSNR'} on bundled signals "
-                   f"{after:.4f}, in fp32 {before:.4f}: lost {before - after:.4f}")
+        kind = "LL" if cfg.task == "gp" else "PSNR"
+        lost = (f"matrices are stored in half precision: {kind} on bundled signals {after:.4f}, "
+                f"with the checkpoint's weights {before:.4f}")
+        about["notes"].append(lost)
+        click.echo(f"  {lost}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=stem.parent) as folder:
         files = {}
         for part in ("fused",) if fused else ("encoder", "decoder"):
