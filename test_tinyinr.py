@@ -250,6 +250,8 @@ def test_depths_are_even_jittered_and_per_signal():
     close(points[1, 1], query["rays_o"][1, 0] + 11 / 3 * query["rays_d"][1, 0])
     _, z = signal.points(query | {"jitter": torch.full((2, 1, 1), 0.5)})
     close(z[0, 0], torch.tensor([2.5, 3.5, 4.5, 5.5]))
+    shared = query | {k: query[k][:1] for k in ("rays_o", "rays_d")}  # rays of all signals
+    close(signal.points(shared)[0][1, 1], query["rays_o"][0, 0] + 11 / 3 * query["rays_d"][0, 0])
     refused("points_per_ray=1 must be at least 2", signal.points, query | {"points_per_ray": 1})
 
 
@@ -645,12 +647,16 @@ def test_official_vnp_outputs(official, name):
     (dict(pe_sigma=32.0, out_bias=0.25), dict(freq_top=32.0, out_bias=0.25)),
     (dict(), dict(freq_top=1024.0, out_bias=0.0)),  # the official defaults
     (dict(use_pe=False), "use_pe=False cannot be expressed"), (dict(out_dim=1), "out_dim"),
-    (dict(pe_dim=20), "weight base.wb0"), (dict(activation="siren"), "activation")])
+    (dict(pe_dim=20), "weight base.wb0"), (dict(activation="siren"), "activation"),
+    ("module.", "no weight begins with base_params")])
 def test_official_arguments_are_read_or_refused(change, fields, tmp_path):
     ckpt = torch.load(PARITY / "transinr_image_1.pth", weights_only=True)
     args = ckpt["model"]["args"]["hyponet"]["args"]
     args.pop("out_bias")
-    args |= change
+    if change == "module.":  # as of a DataParallel
+        ckpt["model"]["sd"] = {change + k: v for k, v in ckpt["model"]["sd"].items()}
+    else:
+        args |= change
     torch.save(ckpt, tmp_path / "c.pth")
     if isinstance(fields, str):
         refused(fields, tinyinr.load, tmp_path / "c.pth")
@@ -2020,11 +2026,13 @@ choose = "Object.assign(size, {{value: {}}}).onchange()".format
 
 @pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
 def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, served, browser, name):
-    model, photo = exported.model(name), tmp_path / "photo.png"
+    model, photo, old = exported.model(name), tmp_path / "photo.png", tmp_path / "old.png"
     noisy(80, 60).save(photo)
-    drop = ("document.dispatchEvent(new DragEvent('drop', {dataTransfer: (t => (t.items.add("
-            f"new File([new Uint8Array({[*photo.read_bytes()]})], 'photo.png')), t))"
-            "(new DataTransfer()), cancelable: true}))")
+    Image.new("RGB", (80, 60), "red").save(old)
+    drop, drop_old = (
+        "document.dispatchEvent(new DragEvent('drop', {dataTransfer: (t => (t.items.add("
+        f"new File([new Uint8Array({[*path.read_bytes()]})], '{path.name}')), t))"
+        "(new DataTransfer()), cancelable: true}))" for path in (photo, old))
     context, shape = rendering.read_context(model, photo)
     code = model.encode(context)
     assert "decoded in" in browser.open(f"{served}/{name}.html")
@@ -2035,6 +2043,12 @@ def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, serve
         drawn = browser.canvas()
         assert drawn.shape == truth.shape and truth.std() > 3
         assert np.abs(np.int64(drawn) - truth).max() <= 1
+    browser.js("(read => { createImageBitmap = async file => { if (file.name == 'old.png') await "
+               "new Promise(done => setTimeout(done, 300)); return read(file) } })"
+               f"(createImageBitmap), {drop_old}")
+    browser.settle(drop)  # the later photo stays, though the earlier one takes longer to read
+    time.sleep(0.5)
+    assert (browser.canvas() == drawn).all()
     browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times
     coords = torch.cartesian_prod(*(tinyinr.pixel_grid(n, 1)[:, 0] / 8 for n in truth.shape[:2]))
     mean = tinyinr.predict(model, code, {"coords": coords[None]}).mean[0].view(truth.shape)

@@ -1367,6 +1367,8 @@ def official_config(model: dict, run: dict) -> ModelConfig:
             latent_pool="query", **sizes)
     check_choice("hyponet", args["hyponet"]["name"], ("hypo_mlp" if image else "hypo_nerf",))
     layers = [v for k, v in sd.items() if k.startswith("base_params.")]  # (in + 1, out) each
+    if not layers:
+        raise ValueError("no weight begins with base_params.")
     net = dict(  # what a config may leave to the official code
         depth=len(layers), hidden_dim=layers[0].shape[1], pe_dim=(len(layers[0]) - 1) // 2,
         use_pe=True, in_dim=2, out_dim=3, out_bias=0.0, pe_sigma=1024.0) if image else dict(
