@@ -200,7 +200,7 @@ class TrainConfig(Checked):
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all")  # curves: of the training functions
-    rough: float = bounded(0.0, 0, 1)  # curves: part whose lengths are below the kernel's usual ones
+    rough: float = bounded(0.0, 0, 1)  # curves: part of a length from 0.002 to 0.1
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
