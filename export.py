@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import click
@@ -380,9 +380,9 @@ def export_all(folder: Path, out: str | None, options: dict):
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth"))
     if not paths or not out:
         raise ValueError(f"--all {folder} -o {out}: give a folder with .pt or .pth, and -o FOLDER")
-    for a, b in pairwise(paths):
-        if a.stem == b.stem:
-            raise ValueError(f"{a} and {b} would be exported to the same files; rename one")
+    if len({path.stem for path in paths}) < len(paths):
+        raise ValueError(f"{folder}: a .pt and a .pth of one name would be exported to the same "
+                         "files; rename one")
     Path(out).mkdir(exist_ok=True)
     rows = []
     for path in paths:

@@ -281,6 +281,17 @@ def test_renderer_equals_a_naive_loop_and_has_exact_finite_gradients():
     assert sigma.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("sigma", (0.0, 0.1, 0.7, 30.0))
+def test_constant_density_has_the_analytic_opacity(sigma):
+    """1 - exp(-sigma L), at any spacing; L ends 1e-3 behind the last point."""
+    z = torch.tensor([2.0, 2.1, 2.9, 3.0, 4.2, 5.999]).view(1, 1, 6)
+    rgb = torch.tensor([0.2, 0.5, 0.9]).expand(1, 1, 6, 3)
+    color, _, opacity = tinyinr.volume_render(rgb, torch.full_like(z, sigma), z)
+    want = 1 - math.exp(-4 * sigma)
+    assert abs(opacity.item() - want) < 1e-6
+    close(color[0, 0], want * rgb[0, 0, 0] + 1 - want, 1e-6)
+
+
 def test_a_grid_scene_is_rendered_inside_its_sphere_only():
     signal = tiny("nvs", "transinr").signal
     o = torch.tensor([[[0.0, 0, 4], [0, 0, 4], [0, 0.6, 4], [0, 3, 4], [0, 0, 0]]])
@@ -563,6 +574,17 @@ def test_an_empty_context_gives_finite_predictions_but_a_scene_needs_a_view(name
     context, query = signals("nvs")
     no_views = {k: v[:, :0] for k, v in context.items()}
     refused("0 context views; a scene needs at least one", tiny("nvs", name, grid), no_views, query)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_keeps_frequencies_and_axes(dtype):
+    for cell in CELLS:
+        model = tiny(*cell)
+        before = {k: v.clone() for k, v in model.named_buffers() if k in ("freqs", "axis")}
+        model.to(dtype)
+        assert all(torch.equal(getattr(model, k), v) for k, v in before.items())
+        assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.double().freqs.dtype == torch.float64
 
 
 @every_cell
@@ -1105,17 +1127,6 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(trained, tmp_path):
             half = tinyinr.read_checkpoint(tmp_path / "half.pt")
     assert half["step"] == 6
     close(half["model"], trained.ckpt["model"], 0.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_cast_keeps_frequencies_and_axes(dtype):
-    for cell in CELLS:
-        model = tiny(*cell)
-        before = {k: v.clone() for k, v in model.named_buffers() if k in ("freqs", "axis")}
-        model.to(dtype)
-        assert all(torch.equal(getattr(model, k), v) for k, v in before.items())
-        assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model.double().freqs.dtype == torch.float64
 
 
 def test_fields_are_read_as_typed():

@@ -1950,7 +1950,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
         raise ValueError("--tto refines generated weights and a VNP has none; use a TransINR")
     query, values, weight = model.signal.context_as_targets(context)
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
-    optimizer = torch.optim.Adam(code.values(), lr or (2e-4 if model.cfg.grid else 1e-4))
+    lr = (2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
+    optimizer = torch.optim.Adam(code.values(), lr)
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)
