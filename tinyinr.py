@@ -943,20 +943,18 @@ class VNP(Model):
         The prior is averaged over the set in the code, or else over the query; the posterior over
         the targets. The points of both go through the blocks together, with the latents so far.
         """
-        tokens, weight, sets = code["tokens"], None, []  # sets: (points, z_vals) of each
+        tokens = code["tokens"]
         seen = query["mask"].amax(-1, keepdim=True) if "mask" in query else None  # (B, M, 1)
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
-        if pool:
-            weight = pool.pop("weight").unsqueeze(-1)  # (B, N, 1)
-            sets.append(self.signal.points(pool))
-        if target is not None or not pool:
-            sets.append(self.signal.points(query))
+        weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)
+        queries = [pool, query] if pool and target is not None else [pool or query]
+        sets = [self.signal.points(q) for q in queries]  # (points, z_vals) of prior and posterior
         points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in sets], 1)
         sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(tokens, points)
         zs, kl = [], torch.zeros(len(f), device=f.device)
         for i, block in enumerate(self.blocks):
-            values = [self.signal.to_prediction(raw, *points_and_z_vals).mean for
-                      raw, points_and_z_vals in zip(block.value(f).split(sizes, -2), sets)]
+            values = [self.signal.to_prediction(raw, *at).mean
+                      for raw, at in zip(block.value(f).split(sizes, -2), sets)]
             latent = prior = block.distribution(values[0], weight=weight)
             if target is not None:
                 latent = block.distribution(values[-1], target, seen)
@@ -1947,7 +1945,7 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     all signals of the batch at once. Returns a new code.
     """
     if model.cfg.model != "transinr":
-        raise ValueError("--tto refines generated weights and a VNP has none; use a TransINR")
+        raise ValueError("a VNP has no generated weights to optimize; use a TransINR")
     query, values, weight = model.signal.context_as_targets(context)
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
     lr = (2e-4 if model.cfg.grid else 1e-4) if lr is None else lr

@@ -85,6 +85,8 @@ def check_options(cfg: ModelConfig, **given):
         if value and cfg.task not in OPTION_TASKS[name]:
             raise ValueError(f"--{name} is for {' and '.join(OPTION_TASKS[name])}; leave it out "
                              f"for {cfg.task}")
+    if given.get("tto") and cfg.model == "vnp":
+        raise ValueError("--tto refines generated weights and a VNP has none; use a TransINR")
 
 
 def check_output(out, *inputs, folder: bool = False):
