@@ -1503,6 +1503,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
             (f"render {ckpt} bad.png -o a.png", "not a picture"),
             (f"render {ckpt} {photo} -o a.xyz", ".png"),
             (f"render {ckpt} {photo} -o a.png --views 2", "--views is for nvs"),
+            (f"render {ROOT}/data/pretrained/image-vnp.pt {photo} -o a.png --tto 1",
+             "refines generated weights"),
             (f"render none.pt {photo} -o a.png", "no such checkpoint"),
             (f"render trap.pt {photo} -o a.png", "not a readable checkpoint"),
             (f"render {gp} {ROOT}/data/hares.csv -o a.png --size 64", "needs at least 96")]:
