@@ -521,6 +521,7 @@ class Signal:
     angle_scale, out_bias = 1.0, 0.0  # of the positional encoding; added to the INR's output
     last_layer = None  # the official name of the INR's last layer where it has one
     has_std, min_std = True, 0.005  # whether the field also gives a std, and its floor
+    stds_95 = 1.96  # stds to either side of the mean that hold 95 % of the likelihood: a Gaussian
     pool_side = 8  # pixels along a side of an image or view that a VNP's prior is averaged over
 
     def __init__(self, cfg: ModelConfig):
@@ -1074,6 +1075,7 @@ class GridImage(Image):
     """
 
     min_std = 0.01
+    stds_95 = math.log(20) / math.sqrt(2)  # 2.118, of a Laplace distribution
 
     def error(self, prediction, target):
         if prediction.std is None:

@@ -24,7 +24,6 @@ from data.images import Tree, naming, read_all
 KERNELS = ("rbf", "matern52", "periodic")
 NOISE = 0.02  # standard deviation of the noise on a curve
 MAX_CONTEXT = 46  # context points of a curve; with its targets fewer than 50
-CENTRAL_95 = 1.96  # standard deviations to either side hold 95 % of a Gaussian
 
 # ------------------------------------------------------------------------- Gaussian processes
 def covariance(kernel: str, x1: Tensor, x2: Tensor, length, scale, period) -> Tensor:

@@ -157,7 +157,8 @@ def evaluate(model, cases, tto: int = 0) -> dict:
         mean = prediction.mean.view(target.shape)
         scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
         if prediction.std is not None:
-            inside = (mean - target).abs() < curves.CENTRAL_95 * prediction.std.view(target.shape)
+            half_width = model.signal.stds_95 * prediction.std.view(target.shape)
+            inside = (mean - target).abs() < half_width
             scores["coverage"] = inside.float().mean((-2, -1))
         if "mask" in context:
             filled = nearest_filling(context["image"], context["mask"])
@@ -244,7 +245,7 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
     prediction = sample_curves(model, context, xs, samples, gen)
     ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction)
-    inside = ((ys - marginal.mean).abs() < curves.CENTRAL_95 * marginal.std).float()
+    inside = ((ys - marginal.mean).abs() < model.signal.stds_95 * marginal.std).float()
     scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
               "context_ll": masked_mean(ll[:, :n], seen[:, :n]),
               "coverage": masked_mean(inside[:, n:], seen[:, n:])}
@@ -280,7 +281,7 @@ def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 5
 LEGEND = {
     "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error",
     "psnr_unclamped": "the same of values as they are",
-    "coverage": "part of the values within 1.96 predicted std of the mean",
+    "coverage": "part of the values in the central 95 % interval of the predicted likelihood",
     "nearest": "dB of every pixel with the color of the nearest seen one",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",

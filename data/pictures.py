@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.curves import CENTRAL_95
+from tinyinr import Signal
 
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG", "": "folder"}
 MONTH_STEPS = 1, 2, 3, 6, 12, 24, 60, 120, 240, 600, 1200, 2400, 6000, 12000, 24000
@@ -164,7 +164,7 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
         in_y = lambda v: v[..., j].double().cpu().numpy() * d + c
         dots = [(in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]), color)
                 for u, v, m, color in zip(x, y, mask, ("black", "#e08a2b"))]
-        mean, wide, t = band[0], CENTRAL_95 * band[1], in_x(grid)
+        mean, wide, t = band[0], Signal.stds_95 * band[1], in_x(grid)
         low, high = in_y(mean - wide), in_y(mean + wide)
         xs, ys = (np.concatenate([points[axis] for points in dots]) for axis in (0, 1))
         plot = Plot(size, np.concatenate((t, xs)), np.concatenate((low, high, ys)), x_name,

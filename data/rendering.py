@@ -141,7 +141,7 @@ def tabulate_curve(model, table, points: int) -> dict:
         grid, band, _ = curve_band(model, *xym, points)
         columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
         mean, std = band.mean * d + c, band.std * d
-        wide = curves.CENTRAL_95 * std
+        wide = model.signal.stds_95 * std
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
             for kind, v in (("mean", mean), ("std", std), ("lower", mean - wide),
                             ("upper", mean + wide)):

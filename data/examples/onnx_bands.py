@@ -42,9 +42,9 @@ def decode(decoder: ort.InferenceSession, code: dict, x) -> tuple[np.ndarray, np
     return means.mean(0), np.sqrt((stds**2).mean(0) + means.var(0))
 
 
-def plot(x, y, grid, mean, std) -> Image.Image:
+def plot(x, y, grid, mean, half_width) -> Image.Image:
     """Context points x, y, and the mean with its 95 % band on a grid over [-2, 2]."""
-    low, high = mean - 1.96 * std, mean + 1.96 * std
+    low, high = mean - half_width, mean + half_width
     corner, span = (-2, high.max()), (4, low.min() - high.max())
 
     def pixels(a, b):
@@ -65,7 +65,8 @@ def main(stem: str, table: str, out: str):
     x, y = read_points(table)
     grid = np.linspace(-2, 2, 256, dtype=np.float32)
     mean, std = decode(decoder, encode(encoder, x, y), grid[None, :, None])
-    plot(x, y, grid, mean, std).save(out)
+    stds_95 = float(decoder.get_modelmeta().custom_metadata_map["stds_95"])
+    plot(x, y, grid, mean, stds_95 * std).save(out)
 
 
 if __name__ == "__main__":
