@@ -71,7 +71,7 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "tokens": "what the context has become",
     "pool": "positions, or their weights, over which the prior of the latents is pooled",
     "mean": "values wanted; colors are not clamped",
-    "std": "standard deviation of the values",
+    "std": "standard deviation of the values; mean +- 1.96 std is their central 95 % interval",
 }
 LAYER = "a layer of the INR: its weights (in, out) and, in one more row, its bias"
 
@@ -352,7 +352,7 @@ def distance(outputs: list[np.ndarray], truth: tuple[Tensor, ...]) -> float:
               help="Export every checkpoint of a folder; -o is a folder, too.")
 @click.option("--serve", metavar="FOLDER", type=click.Path(exists=True, file_okay=False),
               help="Serve a folder with pages at http://localhost:PORT.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--port", type=click.IntRange(0, 65535), help="--serve: [default: 8000]")
 @click.option("-o", "--out", metavar="STEM", type=click.Path(), help="[default: that of CKPT]")
 @click.option("--fused", is_flag=True, help="One STEM.onnx from context and query to values.")
 @click.option("--fp16", is_flag=True, help="Store matrices in half precision; compute in fp32.")
@@ -366,8 +366,10 @@ def main(ckpt, folder, serve, port, out, **options):
     """Write STEM.encoder.onnx, STEM.decoder.onnx and STEM.json, once they agree with PyTorch."""
     if sum(v is not None for v in (ckpt, folder, serve)) != 1:
         raise ValueError("give one of CKPT, --all FOLDER and --serve FOLDER")
+    if port is not None and not serve:
+        raise ValueError(f"--port {port} is for --serve; give both or leave out --port")
     if serve:
-        pages.serve(serve, port)
+        pages.serve(serve, 8000 if port is None else port)
     elif folder:
         export_all(Path(folder), out, options)
     else:

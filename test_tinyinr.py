@@ -1356,7 +1356,12 @@ def test_render_draws_what_the_function_is_and_encode_writes_its_numbers(trained
     for name in code:
         close(torch.from_numpy(numbers[name]), code[name])
         close(torch.from_numpy(codes[name][row]), other[name][0], 1e-4)
-    assert re.search("transinr on image, .*dim=32.*step: 6", run("info", ckpt), re.S)
+    shutil.copy(ckpt, tmp_path / "a.pt")
+    for record, told in ('{"files": {}}', False), ("damaged", False), ('{"scores": {"a": 1}}', True):
+        (tmp_path / "a.json").write_text(record)
+        info = run("info", tmp_path / "a.pt")
+        assert re.search("transinr on image, .*dim=32.*step: 6", info, re.S)
+        assert ("a.json" in info) == told
 
 
 def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
@@ -1851,6 +1856,7 @@ def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
     ("--static rays=8", "dimension of --static='rays' is unknown; choose from batch"),
     ("--static batch=0", "--static batch=0 must be a whole number from 1 on"),
     ("--all .", "give one of CKPT, --all FOLDER and --serve FOLDER"),
+    ("--port 9000", "--port 9000 is for --serve; give both or leave out --port"),
     ("--page --fused", "--page needs free dimensions: leave out --fused and --static"),
     ("--page --static views=2", "--page needs free dimensions"), ("--ort .", "--ort is for --page"),
     ("-o scores", "scores.json: is there and no export wrote it")])

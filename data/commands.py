@@ -8,6 +8,7 @@ import csv
 import ctypes
 import functools
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -446,9 +447,10 @@ def info(ckpt):
     for name in ("step", "elapsed", "data", "epoch"):
         if raw.get(name):
             click.echo(f"{name}: {raw[name]}")
-    record = Path(ckpt).with_suffix(".json")
-    if record.is_file():  # of a stored model
-        click.echo(f"scores and how it was made: {record}")
+    record = Path(ckpt).with_suffix(".json")  # of a stored model, or an export's
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(record.read_bytes())["scores"]:
+            click.echo(f"scores and how it was made: {record}")
 
 
 @cli.command()

@@ -1,6 +1,6 @@
 // The page: asks its worker for a picture or a curve, draws what comes, and follows the hands.
 const {stem, ort, example} = SETUP_OF_THE_EXPORT;
-const $ = id => document.getElementById(id), canvas = $("view"), pen = canvas.getContext("2d");
+const $ = id => document.getElementById(id), canvas = $("view");
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
 const distance = (a, b) => Math.hypot(a.x - b.x, a.y - b.y);
 const starts = {  // a part of an image, a camera on a sphere, or points on the canvas
@@ -8,7 +8,7 @@ const starts = {  // a part of an image, a camera on a sphere, or points on the 
   nvs: {x: -Math.PI / 2, y: Math.PI / 9, r: 4, zoom: 1, focal: [1.88, 1.88]},
   gp: {points: [{x: 0.125, y: 0.375}, {x: 0.35, y: 0.6}, {x: 0.675, y: 0.275}]},
 };
-let task, worker, start, view, code, pieces, asked = 0, dropped = 0;  // start: Reset's
+let task, worker, start, view, asked = 0, dropped = 0;  // start: Reset's
 function say(text, state = "failed") {
   $("status").textContent = text;
   document.body.dataset.state = state;
@@ -24,79 +24,59 @@ function draw(more) {
 }
 function reset(more) {
   view = structuredClone(start);
+  $("grid").inert = false;
   draw(more);
 }
-async function photo([file]) {
-  if (!file || task == "gp") return;
-  const id = ++dropped, photo = await createImageBitmap(file).catch(() => null);
-  if (id != dropped) return;  // a later one has been dropped
-  if (!photo) return say(`${file.name}: the browser cannot read it; try a JPEG or PNG picture`);
-  start = starts[task];
-  reset({photos: [photo]});
+function photo([file]) {
+  if (!file || !worker || task == "gp") return;
+  say(`reading ${file.name} …`, "busy");
+  worker.postMessage({photos: [file], drop: ++dropped, view: starts[task]});
 }
 
 // ---------------------------------------------------------------- what the worker answers
 function answer({data}) {
-  const {id, k, count, w, h, encode, ms} = data;
+  const {id, drop = dropped, k, count, w, h, encode, ms} = data;
+  if (drop != dropped) return;  // a later photo has been dropped
   if (data.error) return say(data.error);
-  if (data.seen) return $("input").getContext("2d").putImageData(data.seen, 0, 0);
-  if (data.code) return show(code = data.code);
-  pieces = k ? [...pieces, data] : [data];
+  if (data.tiles) return show(data);
+  if (data.seen) {
+    $("input").getContext("2d").putImageData(data.seen[0], 0, 0);
+    start = data.view;
+    return reset(data);
+  }
   $("bar").value = (k + 1) / count;
-  if (task != "gp") paint(data);
-  else if (k == count - 1) plot();
+  if (data.picture) paint(data);
+  if (data.curve) plot(canvas.values = data.curve);
   const what = task == "gp" ? `${count} × ${w} points` : `${w} × ${h} pixels`;
-  if (k == count - 1 && id == asked)
+  if (k == count - 1 && id == asked && document.body.dataset.state == "busy")
     say(`encoded in ${encode.toFixed(1)} ms · ${what} decoded in ${ms.toFixed(0)} ms`, "done");
 }
-function picture(w, h, color) {  // a canvas; color(k, c): channel c of pixel k, 0 to 255
-  const made = Object.assign(document.createElement("canvas"), {width: w, height: h});
-  const pixels = new ImageData(w, h);
-  for (let k = 0; k < 4 * w * h; k++) pixels.data[k] = k % 4 < 3 ? color(k >> 2, k % 4) : 255;
-  made.getContext("2d").putImageData(pixels, 0, 0);
-  return made;
-}
-function paint({k, w, h, top, n, W, H, mean}) {
+function paint({k, picture, h, top, n, W, H}) {
   if (k == 0)
     Object.assign(canvas, {width: W, height: H}).style.width = `min(100%, ${66 * W / H}vh)`;
-  pen.drawImage(picture(w, n, (k, c) => 255 * mean[3 * k + c]), 0, top * H / h, W, n * H / h);
+  canvas.getContext("2d").drawImage(picture, 0, top * H / h, W, n * H / h);
 }
-function plot() {  // mean and 95 % band of the mixture of all draws
-  const over = f => Array.from(pieces[0].mean, (_, i) =>
-    pieces.reduce((sum, {mean, std}) => sum + f(mean[i], std[i]), 0) / pieces.length);
-  const mean = over(m => m), square = over((m, s) => m * m + s * s);
-  const band = mean.map((m, i) => 1.96 * Math.sqrt(Math.max(0, square[i] - m * m)));
+function plot({mean, band, draws}) {
   const places = ys => Array.from(ys, (y, i) => [4 * i / 255 - 2, y]);
   const edge = sign => places(mean.map((m, i) => m + sign * band[i]));
+  const dot = p => Array(2).fill([4 * p.x - 2, 2 - 4 * p.y]);
   const lines = {
-    band: [[...edge(1), ...edge(-1).reverse()]],
-    each: pieces.map(p => places(p.mean)), mean: [places(mean)],
-    dots: view.points.map(p => Array(2).fill([4 * p.x - 2, 2 - 4 * p.y]))};
+    band: [[...edge(1), ...edge(-1).reverse()]], each: draws.map(places), mean: [places(mean)],
+    dots: view.points.map(dot), chosen: view.points.filter(p => p == held).map(dot)};
   for (const k in lines) $(k).setAttribute("d", lines[k].map(l => `M${l.join("L")}`).join(""));
-  canvas.values = {mean, band, eps: pieces.map(p => p.eps?.[0])};
 }
-function show() {  // the code; a layer is red where positive, blue where negative
-  $("code").replaceChildren();
-  let count = 0;
-  for (const [name, [data, [, h, w]]] of Object.entries(code)) {
-    count += data.length;
-    if (name.startsWith("pool")) continue;  // the places that a curve's prior is averaged over
-    const most = 3 * Math.sqrt(data.reduce((sum, v) => sum + v * v, 0) / data.length);
-    const figure = $("code").appendChild(document.createElement("figure"));
-    figure.append(picture(w, h, (k, c) => 255 - 200 * clamp(
-      [-data[k], Math.abs(data[k]), data[k]][c] / most, 0, 1)), `${name} ${h} × ${w}`);
-  }
+function show({tiles, count, file}) {  // the code
+  $("code").replaceChildren(...tiles.map(({name, picture}) => {
+    const tile = document.createElement("canvas"), figure = document.createElement("figure");
+    Object.assign(tile, {width: picture.width, height: picture.height});
+    tile.getContext("2d").drawImage(picture, 0, 0);
+    figure.append(tile, `${name} ${tile.height} × ${tile.width}`);
+    return figure;
+  }));
   $("bytes").textContent = `${count.toLocaleString("en")} numbers of 4 bytes`;
-}
-$("save").onclick = () => {  // safetensors: a length, a header in JSON, the numbers
-  let end = 0;
-  const head = JSON.stringify(Object.fromEntries(Object.entries(code).map(([k, [data, shape]]) =>
-    [k, {dtype: "F32", shape, data_offsets: [end, end += data.byteLength]}])));
-  const file = new Blob([new BigUint64Array([BigInt(head.length)]), head,
-                         ...Object.values(code).map(([data]) => data)]);
-  Object.assign(document.createElement("a"), {
+  $("save").onclick = () => Object.assign(document.createElement("a"), {
     download: `${stem}.code.safetensors`, href: URL.createObjectURL(file)}).click();
-};
+}
 
 // ---------------------------------------------------------------- hands
 const fingers = new Map();  // id of a mouse or finger that is down -> its place on the canvas
@@ -130,9 +110,7 @@ canvas.onpointerdown = e => {
   if (task != "gp") return;
   held = view.points.find(p => distance(p, place(e)) < 0.03);
   pressed = held && place(e);
-  if (held) return;
-  view.points.push(held = place(e));
-  draw();
+  if (!held) add(place(e));
 };
 canvas.onpointermove = e => {
   if (!fingers.has(e.pointerId) || pressed && distance(pressed, place(e)) < 0.01) return;
@@ -143,10 +121,7 @@ canvas.onpointermove = e => {
 };
 canvas.onpointerup = canvas.onpointercancel = e => {
   fingers.delete(e.pointerId);
-  if (pressed && view.points.length > 1) {  // a click on a point takes it away
-    view.points = view.points.filter(p => p != held);
-    draw();
-  }
+  if (pressed && e.type == "pointerup") remove();
   pressed = null;
 };
 canvas.onwheel = e => {
@@ -154,12 +129,36 @@ canvas.onwheel = e => {
   e.preventDefault();
   zoom(2 ** (-e.deltaY / 200), place(e));
 };
-const zoom = (factor, at = {x: 0.5, y: 0.5}) => move(at, at, factor);
+const middle = {x: 0.5, y: 0.5}, zoom = (factor, at = middle) => move(at, at, factor);
+function set(points, point) {  // of a curve, and the one that is held
+  [view.points, held] = [points, point];
+  draw();
+}
+const add = point => set([...view.points, point], point);
+const remove = () => view.points.length > 1 && set(view.points.filter(p => p != held));
+const arrow = (x, y) => () => {  // moves on over an image, turns a scene, moves the held point
+  const by = {image: -1 / 8, nvs: 1 / 16, gp: 1 / 40}[task], from = task == "gp" ? held : middle;
+  move(from, {x: from.x + by * x, y: from.y + by * y}, 1);
+};
+const keys = {
+  ArrowLeft: arrow(-1, 0), ArrowRight: arrow(1, 0), ArrowUp: arrow(0, -1), ArrowDown: arrow(0, 1),
+  "+": () => task == "gp" ? add({...middle}) : zoom(2),
+  "-": () => task == "gp" ? remove() : zoom(0.5),
+  Enter: ({points} = view) => task == "gp" &&  // holds the next point
+    set(points, points[(points.indexOf(held) + 1) % points.length])};
+canvas.onkeydown = e => {
+  const act = keys[e.key == "=" ? "+" : e.key];
+  if (!act || e.ctrlKey || e.metaKey || e.altKey) return;
+  e.preventDefault();
+  if (task == "gp" && !view.points.includes(held)) [held] = view.points;
+  act();
+};
 $("in").onclick = () => zoom(2);
 $("out").onclick = () => zoom(0.5);
 $("reset").onclick = () => reset();
 $("draws").onclick = () => draw({anew: true});
 $("size").onchange = () => draw();
+$("file").onclick = e => e.target.value = "";  // so that the same file may be chosen again
 $("file").onchange = e => photo(e.target.files);
 document.onpaste = e => photo(e.clipboardData.files);
 document.ondragover = document.ondragleave = document.ondrop = e => {
@@ -194,8 +193,7 @@ async function begin() {
   worker = new Worker(script(given + $("worker").textContent), {type: "module"});
   Object.assign(worker, {onmessage: answer, onerror: e => say(e.message)});
   if (task == "gp") return reset();
-  const photos = await Promise.all(example.images.map(async url =>
-    createImageBitmap(await (await fetch(url)).blob())));
-  reset({...example, photos});
+  const photos = await Promise.all(example.images.map(async url => (await fetch(url)).blob()));
+  worker.postMessage({...example, view: start, photos, drop: dropped});
 }
 begin().catch(e => say(e.message || String(e)));

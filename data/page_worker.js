@@ -1,4 +1,4 @@
-// The page's worker: shrinks photos, runs the encoder, and the decoder in pieces, coarse first.
+// The page's worker: reads photos, runs the encoder, and the decoder in pieces, coarse first.
 const {about, urls: [encoder, decoder, runtime, wasm]} = GIVEN, {task, config} = about;
 const S = config.image_size, sessions = {};  // S: the side of what the model sees, in pixels
 let ort, fresh, code, encode, noise, latest, shape = [256, 1], queue = Promise.resolve();
@@ -18,43 +18,70 @@ function run(part, feed) {  // feed: name -> [data, dims], also such as the grap
   return sessions[part].run(Object.fromEntries(names.map(k =>
     [k, new ort.Tensor("float32", Float32Array.from(feed[k][0]), feed[k][1])])));
 }
-function squeeze({data, width, height}) {  // rows to S pixels as Pillow does; the result is turned
-  const out = new ImageData(height, S), reach = Math.max(width / S, 1);
-  for (let x = 0; x < S; x++) {
-    const middle = (x + 0.5) * width / S, from = Math.max(0, Math.floor(middle - reach));
-    const f = Array.from({length: Math.min(width, Math.ceil(middle + reach)) - from}, (_, k) =>
-      Math.max(0, 1 - Math.abs(from + k + 0.5 - middle) / reach));
-    const total = f.reduce((a, b) => a + b);
-    for (let y = 0; y < height; y++) for (let c = 0; c < 4; c++)
-      out.data[(x * height + y) * 4 + c] =
-        f.reduce((sum, v, k) => sum + v * data[(y * width + from + k) * 4 + c], 0) / total;
+function white(width, height) {  // what draws on a white picture
+  const pen = new OffscreenCanvas(width, height).getContext("2d", {willReadFrequently: true});
+  pen.fillStyle = "#fff";
+  pen.fillRect(0, 0, width, height);
+  return pen;
+}
+function* strips(photo) {  // [its first row, pixels]: the whole may exceed the largest canvas
+  const {width, height} = photo, n = Math.ceil(2 ** 22 / width);
+  for (let top = 0; top < height; top += n) {
+    const h = Math.min(n, height - top), pen = white(width, h);
+    pen.drawImage(photo, 0, -top);
+    yield [top, pen.getImageData(0, 0, width, h).data];
+  }
+}
+function squeeze(parts, width, height, size) {  // rows to `size` pixels, turned; equals Pillow's
+  const out = new Uint8ClampedArray(4 * size * height), reach = Math.max(width / size, 1);
+  for (const [top, data] of parts) for (let x = 0; x < size; x++) {
+    const middle = (x + 0.5) * width / size, from = Math.max(0, Math.floor(middle - reach));
+    const near = Array.from({length: Math.min(width, Math.ceil(middle + reach)) - from}, (_, k) =>
+      Math.max(0, 1 - Math.abs(from + k + 0.5 - middle) * (1 / reach)));
+    const total = near.reduce((a, b) => a + b);
+    const weights = near.map(v => Math.floor(v / total * 2 ** 22 + 0.5));  // whole numbers
+    for (let y = 0; y < data.length / width / 4; y++) for (let c = 0; c < 4; c++) {
+      let sum = 2 ** 21;
+      for (let k = 0, i = 4 * (y * width + from) + c; k < weights.length; k++, i += 4)
+        sum += weights[k] * data[i];
+      out[4 * (x * height + top + y) + c] = Math.floor(sum / 2 ** 22);
+    }
   }
   return out;
 }
-function look(photo, index) {  // on white, in a scene padded to a square -> (3, S, S) in [0, 1]
-  const shrink = Math.min(1, 2048 / Math.max(photo.width, photo.height));
-  const [w, h] = [photo.width, photo.height].map(n => Math.max(1, Math.round(n * shrink)));
-  const [W, H] = shape = task == "nvs" ? [Math.max(w, h), Math.max(w, h)] : [w, h];
-  const pen = new OffscreenCanvas(W, H).getContext("2d");
-  pen.fillStyle = "#fff";
-  pen.fillRect(0, 0, W, H);
-  pen.drawImage(photo, (W - w) >> 1, (H - h) >> 1, w, h);
-  const seen = squeeze(squeeze(pen.getImageData(0, 0, W, H)));
-  if (index == 0) postMessage({seen});
-  return [0, 1, 2].flatMap(c => Array.from(seen.data.filter((_, k) => k % 4 == c), v => v / 255));
+const even = n => n % 1 == 0.5 ? 2 * Math.round(n / 2) : Math.round(n);  // as Python rounds
+function look(photo) {  // S x S pixels: an image squeezed, a view padded with white
+  const {width, height} = photo, [w, h] = [width, height].map(n =>
+    task == "image" ? S : Math.max(1, even(n / Math.max(width, height) * S))), pen = white(S, S);
+  const small = squeeze([[0, squeeze(strips(photo), width, height, w)]], height, w, h);
+  pen.putImageData(new ImageData(small, w, h), even((S - w) / 2), even((S - h) / 2));
+  return pen.getImageData(0, 0, S, S);
 }
+async function read({photos, ...more}) {  // more: what is sent back with the pixels, such as poses
+  try {
+    const open = file => createImageBitmap(file, {colorSpaceConversion: "none"});
+    const bitmaps = await Promise.all(photos.map(open)), [{width, height}] = bitmaps;
+    const shape = task == "image" ? [width, height] : [1, 1];  // its proportions are drawn
+    postMessage({...more, shape, seen: bitmaps.map(look)});
+  } catch {
+    postMessage({...more, error:
+      `${photos[0].name}: the browser cannot read it; try a JPEG or PNG picture`});
+  }
+}
+const planes = ({data}) =>  // (3, S, S) in [0, 1]
+  [0, 1, 2].flatMap(c => Array.from(data.filter((_, k) => k % 4 == c), v => v / 255));
 function pose({x, y, r}) {  // camera-to-world: at angles x and y of a sphere, looking at its middle
   const [cx, sx, cy, sy] = [Math.cos(x), Math.sin(x), Math.cos(y), Math.sin(y)];
   return [[-sx, -sy * cx, cy * cx, r * cy * cx], [cx, -sy * sx, cy * sx, r * cy * sx],
           [0, cy, sy, r * sy]];
 }
 const contextOf = {
-  image: ({photos}) => ({
-    image: [look(photos[0], 0), [1, 3, S, S]], mask: [Array(S * S).fill(1), [1, 1, S, S]]}),
-  nvs: ({photos, view, poses = [pose(view)], focals = [view.focal.map(f => f * S)]}) => ({
-    images: [photos.flatMap(look), [1, photos.length, 3, S, S]],
-    poses: [poses.flat(2), [1, photos.length, 3, 4]],
-    focals: [focals.flat(), [1, photos.length, 2]]}),
+  image: ({seen}) => ({
+    image: [planes(seen[0]), [1, 3, S, S]], mask: [Array(S * S).fill(1), [1, 1, S, S]]}),
+  nvs: ({seen, view, poses = [pose(view)], focals = [view.focal.map(f => f * S)]}) => ({
+    images: [seen.flatMap(planes), [1, seen.length, 3, S, S]],
+    poses: [poses.flat(2), [1, seen.length, 3, 4]],
+    focals: [focals.flat(), [1, seen.length, 2]]}),
   gp: ({view: {points}}, N = points.length, D = config.n_values) => ({  // of D values the first
     x: [points.map(p => 4 * p.x - 2), [1, N, 1]],
     y: [points.flatMap(p => [2 - 4 * p.y, ...Array(D - 1).fill(0)]), [1, N, D]],
@@ -96,31 +123,64 @@ function decode(view, {w, h, top, n, eps}) {
   for (const k in query) feed[k] = [query[k], [1, n * w, query[k].length / (n * w)]];
   return run("decoder", feed);
 }
+function picture(w, h, color) {  // color(k, c): channel c of pixel k, 0 to 255
+  const pen = white(w, h), pixels = pen.getImageData(0, 0, w, h);
+  for (let k = 0; k < w * h; k++)
+    for (let c = 0; c < 3; c++) pixels.data[4 * k + c] = color(k, c);
+  pen.putImageData(pixels, 0, 0);
+  return pen.canvas.transferToImageBitmap();
+}
+function tile([name, {data, dims: [, h, w]}]) {  // red where positive, blue where negative
+  const most = 3 * Math.sqrt(data.reduce((sum, v) => sum + v * v, 0) / data.length);
+  return {name, picture: picture(w, h, (k, c) =>
+    255 - 200 * Math.min(1, Math.max(0, [-data[k], Math.abs(data[k]), data[k]][c] / most)))};
+}
+function safetensors(out) {  // a length, a header in JSON, the numbers
+  let end = 0;
+  const head = JSON.stringify(Object.fromEntries(Object.entries(out).map(([k, {data, dims}]) =>
+    [k, {dtype: "F32", shape: dims, data_offsets: [end, end += data.byteLength]}])));
+  return new Blob([new BigUint64Array([BigInt(head.length)]), head,
+                   ...Object.values(out).map(({data}) => data)]);
+}
+function mixture(draws) {  // mean, and half the width of the 95 % interval
+  const over = f => Array.from(draws[0].mean, (_, i) =>
+    draws.reduce((sum, {mean, std}) => sum + f(mean[i], std[i]), 0) / draws.length);
+  const mean = over(m => m), square = over((m, s) => m * m + s * s);
+  return {mean, draws: draws.map(d => d.mean), eps: noise.map(e => e?.[0]),
+    band: mean.map((m, i) => 1.96 * Math.sqrt(Math.max(0, square[i] - m * m)))};
+}
 async function work({id, view, size, anew}) {
   await loaded;
   if (id < latest) return;
   let start = performance.now();
   if (fresh) {
     const context = contextOf[task](fresh);
+    shape = fresh.shape || shape;
     fresh = null;
     const out = await run("encoder", context);
     code = Object.fromEntries(Object.entries(out).map(([k, t]) => [k, [t.data, t.dims]]));
     encode = performance.now() - start;
-    postMessage({code});
+    const shown = Object.entries(out).filter(([name]) => !name.startsWith("pool"));  // no places
+    postMessage({tiles: shown.map(tile), file: safetensors(out),
+                 count: Object.values(out).reduce((sum, {data}) => sum + data.length, 0)});
   }
   if (anew || !noise) noise = sample();
   start = performance.now();
-  const pieces = cut(size), {w: W, h: H} = pieces.at(-1), count = pieces.length;
+  const pieces = cut(size), {w: W, h: H} = pieces.at(-1), count = pieces.length, draws = [];
   for (const [k, piece] of pieces.entries()) {
     await turn();
     if (id < latest && task != "gp") return;  // a curve is finished, so that it moves in a drag
     const {mean, std} = await decode(view, piece), ms = performance.now() - start;
-    const drawn = v => v?.data.filter((_, i) => i % config.n_values == 0);  // of several the first
-    postMessage({...piece, W, H, k, count, id, mean: drawn(mean), std: drawn(std), encode, ms});
+    const told = {...piece, W, H, k, count, id, encode, ms}, {w, n} = piece;
+    const first = v => v.data.filter((_, i) => i % config.n_values == 0);  // of several values
+    if (task != "gp") told.picture = picture(w, n, (k, c) => 255 * mean.data[3 * k + c]);
+    else if (draws.push({mean: first(mean), std: first(std)}) == count) told.curve = mixture(draws);
+    postMessage(told);
   }
 }
 onmessage = ({data}) => {
+  if (data.photos) return read(data);
   latest = data.id;
-  if (data.photos || task == "gp") fresh = data;
+  if (data.seen || task == "gp") fresh = data;
   queue = queue.then(() => work(data)).catch(e => postMessage({error: e.message || String(e)}));
 };

@@ -4,9 +4,10 @@
     python export.py --all data/pretrained -o onnx18 --opset 18
     python data/runtimes.py onnx18 onnx
 
-Every runtime is installed by pip or npm into a folder of its own that is removed at the end. All
-run the same random inputs; the truth is the onnxruntime that runs this script, which export.py
-compared with PyTorch. A runtime that cannot be installed is a row that says so.
+Every runtime is installed by pip or npm into a folder of its own that is removed at the end; of
+onnxruntime 1.14 npm has a build where pip has none for the Python of today. All run the same random
+inputs; the truth is the onnxruntime that runs this script, which export.py compared with PyTorch. A
+runtime that cannot be installed is a row that says so.
 """
 
 import json
@@ -56,7 +57,7 @@ def load(path, feed):
     return [o.to_numpy() for o in out]
 report(load)
 """
-NODE = """const ort = require("onnxruntime-web"), fs = require("fs");
+NODE = """const ort = require(process.argv[1]), fs = require("fs");  // a package of npm
 (async () => { for (const path of process.argv.slice(2)) {
   let error = 0;
   try {
@@ -74,11 +75,11 @@ NODE = """const ort = require("onnxruntime-web"), fs = require("fs");
 } })();
 """
 RUNTIMES = {  # name -> (packages of pip, or of npm), program
-    "onnxruntime 1.14": (["onnxruntime==1.14.1", "numpy<2"], ONNXRUNTIME),
+    "onnxruntime for Node": (["onnxruntime-node@1.14.0"], NODE),
     "onnxruntime 1.15": (["onnxruntime==1.15.1", "numpy<2"], ONNXRUNTIME),
     "onnxruntime 1.17": (["onnxruntime==1.17.3", "numpy<2"], ONNXRUNTIME),
     "onnxruntime": (["onnxruntime"], ONNXRUNTIME),
-    "onnxruntime-web in Node": (["onnxruntime-web@1.30.0"], NODE),
+    "onnxruntime-web in Node": (["onnxruntime-web"], NODE),
     "OpenVINO": (["openvino"], OPENVINO),
     "tract": (["tract"], TRACT),
 }
@@ -112,7 +113,9 @@ def try_runtime(packages: list[str], program: str, files: list[str]) -> tuple[st
     with tempfile.TemporaryDirectory() as folder:
         if program is NODE:
             call("npm", "install", "--ignore-scripts", "--prefix", folder, *packages, cwd=folder)
-            version, start = packages[0].partition("@")[2], ["node", "-e", program, "--", "x"]
+            name = packages[0].partition("@")[0]
+            package = Path(folder, "node_modules", name, "package.json").read_text()
+            version, start = json.loads(package)["version"], ["node", "-e", program, "--", name]
         else:
             call(sys.executable, "-m", "venv", folder, cwd=folder)
             python = f"{folder}/bin/python"
