@@ -1988,11 +1988,11 @@ class Browser:
         self("Page.navigate", url=url)
         return self.settle()
 
-    def canvas(self) -> np.ndarray:
-        """The picture (H, W, 3) uint8."""
+    def canvas(self, name="view") -> np.ndarray:
+        """The picture (H, W, 3) uint8 of the canvas of this id."""
         height, width, *values = self.js(
-            "(i => [i.height, i.width, ...i.data])"
-            "(view.getContext('2d').getImageData(0, 0, view.width, view.height))")
+            "(c => (i => [i.height, i.width, ...i.data])(c.getContext('2d').getImageData("
+            f"0, 0, c.width, c.height)))(document.getElementById('{name}'))")
         return np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
 
 
@@ -2041,56 +2041,100 @@ def served(ort_web, exported):
 
 
 choose = "Object.assign(size, {{value: {}}}).onchange()".format
+press = "{}.map(key => view.dispatchEvent(new KeyboardEvent('keydown', {{key}})))".format
+
+
+def drop(path) -> str:
+    """JavaScript that drops a file on the page."""
+    return ("document.dispatchEvent(new DragEvent('drop', {cancelable: true, dataTransfer: (t => "
+            f"(t.items.add(new File([new Uint8Array({[*path.read_bytes()]})], '{path.name}')), t))"
+            "(new DataTransfer())}))")
+
+
+def off(browser, mean) -> float:
+    """How far the canvas is off the values of its pixels, in steps of 1 / 255; 0.5 is rounding."""
+    drawn = browser.canvas()
+    return np.abs(drawn - (mean.view(drawn.shape) * 255).clamp(0, 255).numpy()).max()
 
 
 @pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
 def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, served, browser, name):
+    """And shrinks it as Pillow does; a later photo wins, an unreadable one changes nothing."""
     model, photo, old = exported.model(name), tmp_path / "photo.png", tmp_path / "old.png"
-    noisy(80, 60).save(photo)
-    Image.new("RGB", (80, 60), "red").save(old)
-    drop, drop_old = (
-        "document.dispatchEvent(new DragEvent('drop', {dataTransfer: (t => (t.items.add("
-        f"new File([new Uint8Array({[*path.read_bytes()]})], '{path.name}')), t))"
-        "(new DataTransfer()), cancelable: true}))" for path in (photo, old))
+    noisy(80, 61).save(photo)
+    Image.new("RGB", (3000, 3000), "red").save(old)  # takes longer to read
     context, shape = rendering.read_context(model, photo)
     code = model.encode(context)
     assert "decoded in" in browser.open(f"{served}/{name}.html")
-    for size in (64, 512):
+    browser.settle(f"{drop(old)}, {drop(photo)}")
+    assert (browser.canvas("input") == (255 * context["image"][0]).movedim(0, 2).numpy()).all()
+    for size in (64, 256, 512):
         browser.settle(choose(size))
-        browser.settle(drop)
         truth = rendering.render_image(model, code, *(round(n * size / max(shape)) for n in shape))
         drawn = browser.canvas()
         assert drawn.shape == truth.shape and truth.std() > 3
         assert np.abs(np.int64(drawn) - truth).max() <= 1
-    browser.js("(read => { createImageBitmap = async file => { if (file.name == 'old.png') await "
-               "new Promise(done => setTimeout(done, 300)); return read(file) } })"
-               f"(createImageBitmap), {drop_old}")
-    browser.settle(drop)  # the later photo stays, though the earlier one takes longer to read
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert "notes.txt: the browser cannot read it" in browser.settle(drop(tmp_path / "notes.txt"))
     time.sleep(0.5)
     assert (browser.canvas() == drawn).all()
-    browser.settle("[1, 2, 3].map(() => document.getElementById('in').click())")  # eight times
-    coords = torch.cartesian_prod(*(tinyinr.pixel_grid(n, 1)[:, 0] / 8 for n in truth.shape[:2]))
-    mean = tinyinr.predict(model, code, {"coords": coords[None]}).mean[0].view(truth.shape)
-    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
-    assert browser.open(f"{served}/{name}.html", 390, 844)
+    browser.js("file.onchange({target: {files: [new File(['a'], 'a')]}})")
+    assert browser.js("file.onclick({target: file}), file.value") == ""  # it may be chosen again
+
+
+def test_an_image_on_the_page_is_zoomed_and_moved_by_buttons_keys_and_fingers(
+        exported, served, browser):
+    model = exported.model("image-transinr")
+    browser.open(f"{served}/image-transinr.html", 390, 844)
     assert browser.js("document.documentElement.scrollWidth") <= 390
+    image = torch.tensor(browser.canvas("input").copy()).movedim(2, 0)[None] / 255
+    code, grid = model.encode({"image": image}), tinyinr.pixel_grid(64, 64)
+    values = lambda coords: tinyinr.predict(model, code, {"coords": coords[None]}).mean
+    browser.settle(choose(64))
+    for change in ("[1, 2, 3].map(() => document.getElementById('in').click())",
+                   f"reset.click(), {press(['+', '=', '+'])}"):
+        browser.settle(change)
+        assert off(browser, values(grid / 8)) <= 1.5
+    browser.settle(press(["ArrowRight", "ArrowUp", "ArrowUp"]))  # by an eighth of the picture each
+    assert off(browser, values(grid / 8 + torch.tensor([-2, 1]) / 32)) <= 1.5
+    browser.settle("reset.click()")
+    box = browser.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
+    for kind, lefts in (("touchStart", (0.4, 0.6)), ("touchMove", (0.2, 0.8)), ("touchEnd", ())):
+        browser("Input.dispatchTouchEvent", type=kind, touchPoints=[
+            {"x": box["x"] + left * box["width"], "y": box["y"] + box["height"] / 2, "id": i}
+            for i, left in enumerate(lefts)])
+    browser.settle("size.onchange()")
+    assert off(browser, values(grid / 3)) <= 2.5  # pixels of the screen are whole
 
 
-def test_the_page_draws_the_view_that_a_scene_was_seen_from(exported, served, browser):
+def test_the_page_draws_the_view_that_a_scene_was_seen_from(tmp_path, exported, served, browser):
+    """Turns it by keys; and sees a dropped photo as `render` does."""
     model = exported.model("nvs-transinr")
     browser.open(f"{served}/nvs-transinr.html")
     browser.settle(choose(64))
     size, focals = model.cfg.image_size, torch.full((1, 2), 1.2 * model.cfg.image_size)
     images = (rand(1, 3, size, size) * 255).byte() / 255
     code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
-    rays_o, rays_d = tinyinr.camera_rays(poses(1)[0], focals[0] * 64 / size, 64, 64)
-    query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
-    mean = tinyinr.predict(model, code, query).mean.view(64, 64, 3)
-    assert np.abs(browser.canvas() - (mean * 255).clamp(0, 255).numpy()).max() <= 1.5
+
+    def mean(pose):
+        rays_o, rays_d = tinyinr.camera_rays(pose, focals[0] * 64 / size, 64, 64)
+        query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
+        return tinyinr.predict(model, code, query).mean
+
+    (pose,), turn = poses(1), torch.tensor(0.5)
+    assert off(browser, mean(pose)) <= 1.5
+    browser.settle(press(["ArrowRight", "ArrowRight"]))  # the camera goes to the left
+    c, s, o, i = turn.cos(), turn.sin(), turn * 0, turn * 0 + 1
+    assert off(browser, mean(torch.stack((c, s, o, -s, c, o, o, o, i)).view(3, 3) @ pose)) <= 1.5
+    noisy(50, 31).save(tmp_path / "photo.png")
+    browser.settle(drop(tmp_path / "photo.png"))
+    seen = scenes.photo_scene(tmp_path / "photo.png", size).images[0]
+    assert (browser.canvas("input") == seen.movedim(0, 2).numpy()).all()
 
 
 @pytest.mark.parametrize("name", ("gp-vnp", "gp-transinr-two"))  # of two values, the first
-def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, browser, name):
+def test_the_page_draws_a_curve_whose_points_come_and_go_by_clicks_and_keys(
+        exported, served, browser, name):
     model = exported.model(name)
     browser.open(f"{served}/{name}.html")
     before = browser.js("view.values.mean")
@@ -2099,10 +2143,11 @@ def test_the_page_draws_a_curve_and_a_click_adds_a_point(exported, served, brows
     browser.js("delete document.body.dataset.state")
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, clickCount=1, button="left", **at)
+    browser.settle(press(["+", "-", "+", "ArrowUp", "ArrowUp", "ArrowLeft", "Enter", "-"]))
     browser.settle("draws.click()")
     assert browser.js("mean.getBBox().width") > 3  # of -2 to 2
     values = browser.js("view.values")
-    x, y = torch.tensor([[-1.5, -0.6, 0.7, 1.0], [0.5, -0.4, 0.9, 1.0]]).view(2, 1, 4, 1)
+    x, y = torch.tensor([[-0.6, 0.7, 1.0, -0.1], [-0.4, 0.9, 1.0, 0.2]]).view(2, 1, 4, 1)
     context, eps = {"x": x, "y": y}, torch.zeros(1)
     if name == "gp-transinr-two":
         context = {"x": x, "y": F.pad(y, (0, 1)), "mask": F.pad(torch.ones_like(y), (0, 1))}

@@ -184,7 +184,7 @@ async function begin() {
   start = example?.view || starts[task];
   for (const e of document.querySelectorAll("[data-for]"))
     e.toggleAttribute("hidden", !`${task} ${about.model}`.match(e.dataset.for));
-  $("size").value = task == "nvs" ? 128 : 512;
+  $("size").value = (task == "nvs" ? 128 : 512) / (about.model == "vnp" ? 2 : 1);  // in seconds
   Object.assign($("input"), {width: S, height: S});
   $("seen").textContent = `${S} × ${S} pixels`;
   const parts = ["encoder", "decoder"].map(k => [encodeURIComponent(about.files[k].file)]);
