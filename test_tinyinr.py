@@ -2363,6 +2363,36 @@ def test_one_object_is_the_same_in_every_layout(layout, tmp_path):
     assert scenes.read_scene(tree, name, 12, max_views=2).images.shape == (2, 3, 12, 12)
 
 
+@pytest.mark.parametrize("kind", ["txt", "bin"])
+@pytest.mark.parametrize("moves, folder", [  # "from to"
+    ("sparse/0/* sparse", ""), ("sparse/0/* .", ""), ("images/* .", ""), ("images/* sparse/0", ""),
+    ("images photos", ""), ("sparse colmap/sparse", ""), ("sparse/0 sparse/distorted", ""),
+    ("sparse/0 colmap_text", ""), ("", "sparse"), ("", "sparse/0")])
+def test_colmaps_folders_may_lie_elsewhere(kind, moves, folder, tmp_path):
+    cameras, (source, to) = opposite_cameras(), (moves or "images images").split()
+    write_layout(tmp_path / "x", f"colmap {kind}", cameras, BLANK + np.arange(6, dtype=np.uint8)[
+        :, None, None, None])
+    for file in list((tmp_path / "x").glob(source)) if moves else ():
+        target = tmp_path / "x" / to / (file.name if "*" in source else "")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    scene = scenes.read_scene(*scenes.find_scene(tmp_path / "x" / folder), 8)
+    assert scene.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: re.sub(r"\n(1\.0 2\.0 -1)?(?=\n)", "", text),
+    lambda text: text.replace(".png", ""), lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    lambda text: text.replace(".png", ".jpg")],
+    ids=["no points", "no suffix", "windows", "another suffix"])
+def test_colmaps_text_may_lack_points_and_name_pictures_otherwise(change, tmp_path):
+    write_layout(tmp_path, "colmap txt", opposite_cameras(), BLANK)
+    want, file = scenes.read_scene(images.Tree(tmp_path), "", 8), tmp_path / "sparse/0/images.txt"
+    file.write_bytes(change(file.read_text()).encode())
+    close(scenes.read_scene(images.Tree(tmp_path), "", 8).poses, want.poses, 0)
+
+
 def change_scene(folder, **given):
     """Other keys in the transforms.json of a scene; frame: in its first frame."""
     meta = json.loads((folder / "transforms.json").read_text())
@@ -2394,6 +2424,7 @@ def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path
     ("no pinhole.*undistort", dict(frame=dict(p2=-0.1))),
     ("OPENCV_FISHEYE.*undistort", dict(camera_model="OPENCV_FISHEYE")),
     ("global shutter", dict(rolling_shutter=[0, 0, 1, 0])),
+    ("global shutter", dict(frame=dict(rolling_shutter_time=0.01))),
     ("gone.png.*absent.*remove", dict(frame=dict(file_path="gone.png"))),
     ("not a rotation", dict(frame=dict(transform_matrix=np.diag([2, 2, 2, 2]).tolist()))),
     ("shape", dict(frame=dict(transform_matrix=[[1, 2], [3, 4]]))),

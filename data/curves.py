@@ -382,8 +382,8 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
                  and not any(isinstance(row[j], str) for j in kinds))
     while first and has_x(rows[first - 1]):  # a row all the same, with words in it
         first -= 1
-    if first and datetime in kinds.values():  # an odd one among dates is no header
-        _refuse_date(v for v in rows[first - 1] if str(v)[:1].isdigit())
+    if first and kinds[min(kinds)] is datetime:  # an odd one among dates is no header
+        _refuse_date(v for v in rows[first - 1][min(kinds) :][:1] if str(v)[:1].isdigit())
     if names is None:
         *above, header = [[], *(_split(v.lstrip("#%! "), layout[0]) for v in lines[:first][-2:])]
         if len(above) == 2 and len(above[1]) == len(header) and all(map(UNIT.fullmatch, header)):
