@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -2158,6 +2159,16 @@ def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
             ("LAB", (255, 128, 128), 255, "TIFF")):
         pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
+    for depth, kind, row, key, expected in (  # PNGs of one row of two pixels, and a color as none
+            (16, 0, "9C409C41", "9C40", [255, 156]), (4, 0, "70", "0007", [255, 0]),
+            (2, 0, "90", "0002", [255, 85]), (16, 2, "010002000300" + 6 * "00",
+                                              "010002000300", [255, 0])):
+        chunks = (b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)), (
+            b"tRNS", bytes.fromhex(key)), (b"IDAT", zlib.compress(bytes.fromhex("00" + row)))
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(v)) + name + v + struct.pack(">I", zlib.crc32(name + v))
+            for name, v in (*chunks, (b"IEND", b"")))
+        assert decode(data)[0].tolist() == [[v] * 3 for v in expected], (depth, kind)
     turned = decode(encoded(noisy(10, 20), exif=TURNED))
     assert (turned == np.rot90(noisy(10, 20), -1)).all()
 
