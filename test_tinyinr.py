@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -2211,6 +2212,16 @@ def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
             ("LAB", (255, 128, 128), 255, "TIFF")):
         pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
+    for depth, kind, row, key, expected in (  # PNGs of one row of two pixels, and a color as none
+            (16, 0, "9C409C41", "9C40", [255, 156]), (4, 0, "70", "0007", [255, 0]),
+            (2, 0, "90", "0002", [255, 85]), (16, 2, "010002000300" + 6 * "00",
+                                              "010002000300", [255, 0])):
+        chunks = (b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)), (
+            b"tRNS", bytes.fromhex(key)), (b"IDAT", zlib.compress(bytes.fromhex("00" + row)))
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(v)) + name + v + struct.pack(">I", zlib.crc32(name + v))
+            for name, v in (*chunks, (b"IEND", b"")))
+        assert decode(data)[0].tolist() == [[v] * 3 for v in expected], (depth, kind)
     turned = decode(encoded(noisy(10, 20), exif=TURNED))
     assert (turned == np.rot90(noisy(10, 20), -1)).all()
 
@@ -2416,6 +2427,36 @@ def test_one_object_is_the_same_in_every_layout(layout, tmp_path):
     assert scenes.read_scene(tree, name, 12, max_views=2).images.shape == (2, 3, 12, 12)
 
 
+@pytest.mark.parametrize("kind", ["txt", "bin"])
+@pytest.mark.parametrize("moves, folder", [  # "from to"
+    ("sparse/0/* sparse", ""), ("sparse/0/* .", ""), ("images/* .", ""), ("images/* sparse/0", ""),
+    ("images photos", ""), ("sparse colmap/sparse", ""), ("sparse/0 sparse/distorted", ""),
+    ("sparse/0 colmap_text", ""), ("", "sparse"), ("", "sparse/0")])
+def test_colmaps_folders_may_lie_elsewhere(kind, moves, folder, tmp_path):
+    cameras, (source, to) = opposite_cameras(), (moves or "images images").split()
+    write_layout(tmp_path / "x", f"colmap {kind}", cameras, BLANK + np.arange(6, dtype=np.uint8)[
+        :, None, None, None])
+    for file in list((tmp_path / "x").glob(source)) if moves else ():
+        target = tmp_path / "x" / to / (file.name if "*" in source else "")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    scene = scenes.read_scene(*scenes.find_scene(tmp_path / "x" / folder), 8)
+    assert scene.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: re.sub(r"\n(1\.0 2\.0 -1)?(?=\n)", "", text),
+    lambda text: text.replace(".png", ""), lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    lambda text: text.replace(".png", ".jpg")],
+    ids=["no points", "no suffix", "windows", "another suffix"])
+def test_colmaps_text_may_lack_points_and_name_pictures_otherwise(change, tmp_path):
+    write_layout(tmp_path, "colmap txt", opposite_cameras(), BLANK)
+    want, file = scenes.read_scene(images.Tree(tmp_path), "", 8), tmp_path / "sparse/0/images.txt"
+    file.write_bytes(change(file.read_text()).encode())
+    close(scenes.read_scene(images.Tree(tmp_path), "", 8).poses, want.poses, 0)
+
+
 def change_scene(folder, **given):
     """Other keys in the transforms.json of a scene; frame: in its first frame."""
     meta = json.loads((folder / "transforms.json").read_text())
@@ -2447,6 +2488,7 @@ def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path
     ("no pinhole.*undistort", dict(frame=dict(p2=-0.1))),
     ("OPENCV_FISHEYE.*undistort", dict(camera_model="OPENCV_FISHEYE")),
     ("global shutter", dict(rolling_shutter=[0, 0, 1, 0])),
+    ("global shutter", dict(frame=dict(rolling_shutter_time=0.01))),
     ("gone.png.*absent.*remove", dict(frame=dict(file_path="gone.png"))),
     ("not a rotation", dict(frame=dict(transform_matrix=np.diag([2, 2, 2, 2]).tolist()))),
     ("shape", dict(frame=dict(transform_matrix=[[1, 2], [3, 4]]))),
@@ -2600,7 +2642,7 @@ def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
         assert (var[i, :n].abs() < 1e-12).all()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_every_dialect_of_a_table_gives_the_same_series(encoding):
     heads = "", "# run 3\nx{}y\n", "a title\n\n# x{}y\n"
     for mark, decimal, quote, head, minus in product(
@@ -2634,7 +2676,28 @@ TABLES = [  # text, columns, names, and the rows of x and y
      "2000 1234, 2001 1234.5, 2002 987"),
     ("x,y\n1,NA\n2,3\n3,.\n4,#N/A\n5,6\n", None, "x y", "2 3, 5 6"),
     ("lat,lon,z\n52.52,13.41,38\n\ntime,T\n0,1\n1,2\n2,3\n", None, "time T", "0 1, 1 2, 2 3"),
-    ("x   y    z\n0.0 1.5  1\n1.0      2\n2.0 3.5  3\n", None, "x y", "0 1.5, 2 3.5")]
+    ("x   y    z\n0.0 1.5  1\n1.0      2\n2.0 3.5  3\n", None, "x y", "0 1.5, 2 3.5"),
+    ("time;U\n[s];[V]\n0,0;1,25\n0,5;2,25\n", None, "time U", "0 1.25, 0.5 2.25"),
+    ("x\ty\n1\t980\n2\t1,234\n3\t12,345\n", None, "x y", "1 980, 2 1234, 3 12345"),
+    ("x;y\n1;1.234,5\n2;1.234.567\n", None, "x y", "1 1234.5, 2 1234567"),
+    ("x;y\n1;1 234\n2;12\u202f345,5\n3;1\u2019000\n", None, "x y", "1 1234, 2 12345.5, 3 1000"),
+    ("x,y\n1,$3.50\n2,\"($1,004.25)\"\n3,-4 \u20ac\n4,7.5 %\n5,1.5D+1\n6,2.5 p\n", None, "x y",
+     "1 3.5, 2 -1004.25, 3 -4, 4 7.5, 5 15, 6 2.5"),
+    (",year,v\n0,1950,3\n1,1951,4\n2,1953,5\n", "all", "year v", "1950 3, 1951 4, 1953 5"),
+    ('"t" "v"\n"1" 5.5 3\n"2" 6.5 4\n"3" 7 5\n', None, "t v", "5.5 3, 6.5 4, 7 5"),
+    ('"Name","Code","2018","2019","2021",\n"Aruba","ABW","1","..","3",\n"Chad","TCD","4","5","",\n',
+     "all", "year Aruba_ABW Chad_TCD", "2018 1 4, 2019 0 5, 2021 3 0"),
+    ("unit,geo\\TIME\t2018 \t2019 \t2021 \nA,DE\t1.5 \t2.5 b\t: \nA,FR\t: \t: \t5.5 e\n",
+     "1,2", "year A,DE", "2018 1.5, 2019 2.5"),
+    ("start;v\n23:30;1\n23:45:36;2\n0:15;3\n", None, "start v", "23.5 1, 23.76 2, 24.25 3"),
+    ("start,v\n11:30 AM,1\n12:30 pm,2\n", None, "start v", "11.5 1, 12.5 2"),
+    ("year month day v\n2020 1 1 3\n2020 1 2 4\n2020 2 1 5\n", None, "year v", "0 3, 1 4, 31 5"),
+    ("2020 01 2020.04 7\n2020 02 2020.12 8\n2020 3 2020.2 9\n", None, "column_1 column_4",
+     "0 7, 31 8, 60 9"),
+    ("Year,Jan,Feb,Mar,Apr,May,Jun,Jul,Aug,Sep,Oct,Nov,Dec\n2020,5,6" + 9 * ",***" + ",7\n" +
+     "2021,8" + 11 * ",NA" + "\n", None, "date value", "0 5, 31 6, 335 7, 366 8"),
+    ("x,y\n0,5\n" + "".join(f"1,{gap}\n" for gap in "-,n/a,:,..,*,N.A.,#DIV/0!,\u2014,(null)".split(
+        ",")) + "2,3\n", None, "x y", "0 5, 2 3")]
 
 
 def test_columns_gaps_and_dates_of_tables():
@@ -2643,7 +2706,7 @@ def test_columns_gaps_and_dates_of_tables():
         assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
         want = [[float(v) for v in row.split()] for row in rows.split(",")]
         assert torch.cat((table.x, table.y), 1).tolist() == want, text
-        dated = re.search(r"2020[-/]|20200|\.2020", text)
+        dated = re.search(r"2020[-/]|20200|\.2020|month|Jan|2020 01", text)
         assert table.origin == (datetime(2020, 1, 1) if dated else None)
     table = curves.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
     assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
@@ -2651,11 +2714,44 @@ def test_columns_gaps_and_dates_of_tables():
     for text, columns, error in (
             ("a;b\n", None, "no rows of two numbers"), ("1,5\n", None, "1 row of numbers"),
             ("Date,a,b\n1/2/2020,1,5\n1/3/2020,2,6\n", None, "'1/2/2020' is no date that is read"),
+            ("Date,a\n1/2/2020,1\n1/3/2020,2\n", None, "'1/2/2020' is no date .* which is the day"),
+            ("a,b\n1999-00,1\n2000-01,2\n2001-02,3\n", None, "'1999-00' is no date that is read"),
+            ("a,b\n2000,<1\n2001,2\n2002,3\n", None, "at a = 2000.0 stands '<1'"),
             ("id,t,v\n3,1,5\n3,2,6\n", None, "id is 3 in every row; choose --columns x,y"),
             ("x,y\n1,2\n2,abc\n", None, "x = 2.0 stands 'abc'"),
             (LYNX, "year,fox", "'year,fox' should be x,y .* 1 year, 2 hare, 3 lynx"),
             ("1," * 2**23 + "1", None, "larger than 16 MB")):
         refused(f"^t.csv: .*{error}", curves.read_table, "t.csv", columns, text.encode())
+
+
+@pytest.mark.parametrize("days, dates", [
+    ("0 1 366", form) for form in (
+        "31/12/2020 1/1/2021 1/1/2022", "12/31/2020 1/1/2021 1/1/2022", "12/31/20 1/1/21 1/1/22",
+        "31.12.20 1.1.21 1.1.22", "2020.12.31 2021.01.01 2022.1.1", "20201231 20210101 20220101",
+        "31-Dec-20 1-Jan-21 1-Jan-22", "31_December_2020 1_Jan._2021 Sat_1_Jan_2022",
+        '"Dec_31,_2020" "January_1,_2021" "Sat,_January_1,_2022"',
+        "12/30/2020_12:00_PM 12/31/2020_12:00_pm 12/31/2021_12:00:00_p.m.",
+        "2020-12-31T02:30+02:30 2021-01-01T00:00Z 2021-12-31_19:00-05:00",
+        '"Thu,_31_Dec_2020_10:00:00_GMT" "Fri,_1_Jan_2021_10:00:00_GMT" "1_Jan_2022_10:00"')] + [
+    ("0 31 366", form) for form in (
+        "Jan-2020 Feb-2020 Jan-2021", "Jan_2020 February_2020 Jan_2021", "2020M01 2020M2 2021M01",
+        "2020_JAN 2020_FEB 2021Jan", "01/2020 02/2020 1/2021", "Jan-20 Feb-20 Jan-21",
+        "202001 202002 202101", "2020-1 2020-02 2021/01")] + [
+    ("0 91 366", "2020Q1 2020-Q2 2021_Q1"), ("0 91 366", "Q1_2020 Q2-2020 Q1_2021")])
+def test_dates_of_every_form_are_days_since_the_first(days, dates):
+    rows = "".join(f"{date.replace('_', ' ')},{i}\n" for i, date in enumerate(dates.split()))
+    table = curves.read_table("t", None, f"date,v\n{rows}".encode())
+    assert torch.cat((table.x, table.y), 1).mT.tolist() == [[*map(float, days.split())], [0, 1, 2]]
+    assert table.origin.year == 2020
+
+
+def test_a_mark_that_may_be_of_thousands_or_decimals_is_named():
+    for text, y, words in (("x;y\n1;1,234\n2;2,345\n", 1.234, "1,234 is taken for 1.234"),
+                           ("x\ty\n1\t1,234\n2\t2,345\n", 1234, "1,234 is taken for 1234"),
+                           ("x;y\n1;1.234\n2;2.345\n", 1.234, "1.234 is taken for 1.234"),
+                           ("x;y\n0,5;1,234\n1,5;2,345\n", 1.234, "")):
+        table = curves.read_table("t", None, text.encode())
+        assert table.y[0].item() == y and " ".join(table.notes).startswith(words), text
 
 
 def test_series_are_split_by_file_or_by_column(tmp_path, monkeypatch):

@@ -141,6 +141,10 @@ def load_picture(data: bytes, least: int = 1, upright: bool = True) -> Image.Ima
         if min(image.size) < least:
             raise ValueError(f"{image.width} x {image.height} pixels are fewer than the {least} x "
                              f"{least} patches that the model reads; give a larger picture")
+        if image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
+            bits, key = data[24], image.info["transparency"]  # of so many bits: make it 8
+            image.info["transparency"] = (key * 255 // (2**bits - 1) if image.mode == "L" else
+                                          tuple(v >> bits - 8 for v in key))
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF: as the pixels lie
             if upright:
@@ -158,7 +162,9 @@ def ends_early(data: bytes) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode -> RGB, transparency on white, 16 bits as 8, floats from [0, 1]."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        values = np.where(values == image.info.get("transparency", -1), 65535, values)
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         values = np.fmin(np.fmax(image, 0), 1) * 255  # NaN becomes 0
         image = Image.fromarray(values.round().astype(np.uint8))

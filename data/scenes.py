@@ -34,6 +34,7 @@ NPY_LOCK = Lock()  # np.load reads headers by `ast`, which may fail in threads (
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
 LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
+POINTS = re.compile(r"[-+.\deE]*")  # of a line of COLMAP's images.txt that lists x, y and a number
 # COLMAP's camera models that may be pinholes: number, focal lengths, parameters
 PINHOLES = {"SIMPLE_PINHOLE": (0, 1, 3), "PINHOLE": (1, 2, 4), "SIMPLE_RADIAL": (2, 1, 4),
             "RADIAL": (3, 1, 5), "OPENCV": (4, 2, 8), "FULL_OPENCV": (6, 2, 12)}
@@ -82,9 +83,11 @@ def names_in(tree: Tree, folder: str) -> list[str]:
 def find_picture(tree: Tree, folder: str, file: str) -> str:
     """The tree's name of a picture: `file` or its last parts below `folder`, suffix or not."""
     parts = posixpath.normpath(file[-1000:].replace("\\", "/")).split("/")
-    for i in range(len(parts)):
-        name = posixpath.normpath(posixpath.join(folder, *parts[i:]))
-        for key in (name + suffix for suffix in ("", *IMAGE_SUFFIXES)):
+    tries = [parts[i:] for i in range(len(parts))] + [["..", *parts], ["../..", *parts]]  # or above
+    for name in (posixpath.normpath(posixpath.join(folder, *end)) for end in tries):
+        stem, end = posixpath.splitext(name)  # x.png may be stored as x.jpg
+        stems = (name, stem) if end.lower() in IMAGE_SUFFIXES else (name,)
+        for key in (name, *(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES)):
             if key in tree.stored or (key := tree.folded.get(key.lower())):
                 return key
     same = [n for n in names_in(tree, folder) if f"/{n}".lower().endswith(f"/{parts[-1]}".lower())]
@@ -115,7 +118,7 @@ def parse_transforms(data: bytes) -> Iterator[View]:
         model = str(given.get("camera_model") or "PINHOLE").upper()
         lens = *(given.get(k) or 0 for k in LENS_KEYS), *(given.get("distortion_params") or ())
         refuse_lens(model, lens, given.get("is_fisheye"))
-        if any(given.get("rolling_shutter") or ()):
+        if any(np.any(v) for key, v in given.items() if key.startswith("rolling_shutter")):
             raise ValueError("rolling_shutter is not 0; give pictures of a global shutter")
         fx, fy, *middle, w, h = (None if given.get(k) is None else float(given[k])
                                  for k in ("fl_x", "fl_y", "cx", "cy", "w", "h"))
@@ -141,12 +144,11 @@ def read_transforms(tree: Tree, folder: str, markers: list[str]) -> Iterator[Vie
 
 def parse_colmap(cameras: bytes, images: bytes):
     """COLMAP's text -> rows (id, model, w, h, *params) and (qw..qz, tx..tz, camera id, name)."""
-    cameras, images = ([line for line in data.decode().strip().splitlines() if line[:1] != "#"]
-                       for data in (cameras, images))
-    cameras = [line.split() for line in cameras]
-    images = [line.split(maxsplit=9) for line in images[::2]]  # every other line lists points
+    cameras, images = ([line.split() for line in data.decode("utf-8-sig").splitlines()
+                        if line.strip() and line[:1] != "#"] for data in (cameras, images))
+    images = [i for i in images if len(i) % 3 or not POINTS.fullmatch("".join(i))]
     return ([(int(c[0]), c[1], *map(float, c[2:])) for c in cameras],
-            [(*map(float, i[1:8]), int(i[8]), i[9].strip()) for i in images])
+            [(*map(float, i[1:8]), int(i[8]), " ".join(i[9:])) for i in images])
 
 
 def parse_colmap_binary(cameras: bytes, images: bytes):
@@ -336,9 +338,11 @@ def read_scene(tree: Tree, name: str, size: int, max_views: int = 0) -> Scene:
 def find_scene(source) -> tuple[Tree, str]:
     """The tree and folder of one scene; `set.zip/class/id` is a folder within a zip.
 
-    A transforms.json stands for its folder, and a folder for the only scene below it.
+    A transforms.json or COLMAP's sparse/0 stands for the folder that it is in, and a folder for the
+    only scene below it.
     """
-    source = Path(source).parent if Path(source).suffix == ".json" else Path(source)
+    whole = Path(source).absolute().as_posix()
+    source = Path(re.sub(r"/([^/]*\.json|sparse(/0)?)$", "", whole))
     path = next((p for p in (source, *source.parents) if p.is_file()), source)  # a zip
     tree, name = Tree(path), "/".join(source.relative_to(path).parts)
     found = [*find_scenes(tree, name)]
