@@ -52,7 +52,7 @@ from PIL import Image, PngImagePlugin
 import export
 import tinyinr
 from data import (bench, commands, curves, evaluation, images, lotka_volterra, page, rendering,
-                  runs, scenes)
+                  runs, scenes, tables)
 from tinyinr import ModelConfig, TrainConfig, build, make_config
 
 torch.set_num_threads(1)
@@ -1279,7 +1279,7 @@ def hostile(kind, folder):
         return [good], path, lambda: images.ImageSet(path, "test", 16)[0, 0][:1]
     if kind == "table":
         good = [text.encode(encoding) for text, *_ in TABLES for encoding in ("utf-8", "utf-16")]
-        return good, path, lambda: curves.read_table(path, "all")[:2]
+        return good, path, lambda: tables.read_table(path, "all")[:2]
     write_layout(folder / "scene", layout, opposite_cameras(), BLANK)
     tree, path = images.Tree(folder / "scene"), folder / "scene" / marker
     return [path.read_bytes()], path, lambda: scenes.read_scene(tree, "", 8)[:3]
@@ -2652,7 +2652,7 @@ def test_every_dialect_of_a_table_gives_the_same_series(encoding):
         rows = ((f"{quote}{value}{quote}".replace(".", decimal) for value in row)
                 for row in (("1700.5", "8.3"), ("1701.5", f"{minus}1.0")))
         text = head.format(mark) + "".join(mark.join(row) + "\r\n" for row in rows)
-        table = curves.read_table("t", None, text.encode(encoding))
+        table = tables.read_table("t", None, text.encode(encoding))
         assert (table.x.tolist(), table.y.tolist()) == ([[1700.5], [1701.5]], [[8.3], [-1.0]]), text
         assert [table.x_name, *table.y_names] == ["x", "y"] and table.mask.all(), text
 
@@ -2702,13 +2702,13 @@ TABLES = [  # text, columns, names, and the rows of x and y
 
 def test_columns_gaps_and_dates_of_tables():
     for text, columns, names, rows in TABLES:
-        table = curves.read_table("t.csv", columns, text.encode())
+        table = tables.read_table("t.csv", columns, text.encode())
         assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
         want = [[float(v) for v in row.split()] for row in rows.split(",")]
         assert torch.cat((table.x, table.y), 1).tolist() == want, text
         dated = re.search(r"2020[-/]|20200|\.2020|month|Jan|2020 01", text)
         assert table.origin == (datetime(2020, 1, 1) if dated else None)
-    table = curves.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
+    table = tables.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
     assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
         "rows without x or y, left out: 1", "columns that are not read: err"]
     for text, columns, error in (
@@ -2721,7 +2721,7 @@ def test_columns_gaps_and_dates_of_tables():
             ("x,y\n1,2\n2,abc\n", None, "x = 2.0 stands 'abc'"),
             (LYNX, "year,fox", "'year,fox' should be x,y .* 1 year, 2 hare, 3 lynx"),
             ("1," * 2**23 + "1", None, "larger than 16 MB")):
-        refused(f"^t.csv: .*{error}", curves.read_table, "t.csv", columns, text.encode())
+        refused(f"^t.csv: .*{error}", tables.read_table, "t.csv", columns, text.encode())
 
 
 @pytest.mark.parametrize("days, dates", [
@@ -2740,7 +2740,7 @@ def test_columns_gaps_and_dates_of_tables():
     ("0 91 366", "2020Q1 2020-Q2 2021_Q1"), ("0 91 366", "Q1_2020 Q2-2020 Q1_2021")])
 def test_dates_of_every_form_are_days_since_the_first(days, dates):
     rows = "".join(f"{date.replace('_', ' ')},{i}\n" for i, date in enumerate(dates.split()))
-    table = curves.read_table("t", None, f"date,v\n{rows}".encode())
+    table = tables.read_table("t", None, f"date,v\n{rows}".encode())
     assert torch.cat((table.x, table.y), 1).mT.tolist() == [[*map(float, days.split())], [0, 1, 2]]
     assert table.origin.year == 2020
 
@@ -2750,7 +2750,7 @@ def test_a_mark_that_may_be_of_thousands_or_decimals_is_named():
                            ("x\ty\n1\t1,234\n2\t2,345\n", 1234, "1,234 is taken for 1234"),
                            ("x;y\n1;1.234\n2;2.345\n", 1.234, "1.234 is taken for 1.234"),
                            ("x;y\n0,5;1,234\n1,5;2,345\n", 1.234, "")):
-        table = curves.read_table("t", None, text.encode())
+        table = tables.read_table("t", None, text.encode())
         assert table.y[0].item() == y and " ".join(table.notes).startswith(words), text
 
 
@@ -2826,7 +2826,7 @@ def test_a_lone_table_is_split_by_time_and_stored_codes_have_one_shape(count, tm
 
 
 def test_tasks_of_hares_and_lynxes_hide_what_they_say():
-    years = curves.read_table(ROOT / "data" / "hares.csv", "all").x
+    years = tables.read_table(ROOT / "data" / "hares.csv", "all").x
     assert years[:, 0].tolist() == list(range(1845, 1936))
     some, late, one = (lotka_volterra.hidden(task, years, 300, tinyinr.generator(0))
                        for task in lotka_volterra.TASKS)  # (300, 91, 2) each
@@ -2841,7 +2841,7 @@ def test_tasks_of_hares_and_lynxes_hide_what_they_say():
 
 def test_their_score_is_a_log_density_in_units_of_the_table():
     """Of a Gaussian of the seen values, by hand."""
-    table, want = curves.read_table(ROOT / "data" / "hares.csv", "all"), []
+    table, want = tables.read_table(ROOT / "data" / "hares.csv", "all"), []
     flat = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), encode=lambda context: {},
                            decode=lambda code, query: tinyinr.Prediction(
                                z := query["x"].expand(-1, -1, 2) * 0, z + 0.5))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from data import curves, pictures, scenes
+from data import curves, pictures, scenes, tables
 from data.evaluation import encode_for, open_data, report, score, write_json
 from data.rendering import (attention_picture, read_context, render_curve, render_image,
                             render_scene, sample_pictures, scene_context, tabulate_curve, turntable,
@@ -354,7 +354,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     if cfg.task == "gp":
         if not numbers and size < 96:
             raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
-        table = curves.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
+        table = tables.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
         drawn = (tabulate_curve(model, table, size) if numbers else
                  [render_curve(model, table, size)])

@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinyinr  # noqa: E402
 from data.commands import Commands  # noqa: E402
-from data.curves import read_table, standardise  # noqa: E402
+from data.curves import standardise  # noqa: E402
+from data.tables import read_table  # noqa: E402
 from data.evaluation import mixture, mixture_log_likelihood, sample_curves  # noqa: E402
 from tinyinr import Prediction, log_likelihood  # noqa: E402
 
