@@ -1444,13 +1444,15 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
     posterior = lambda code, query: tinyinr.Prediction(*curves.gp_posterior(
         "rbf", *(v.double() for v in (code["x"], code["y"], query["x"])), hyper))
     exact = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
-                            encode=lambda context: context, decode=posterior)
+                            encode=lambda context: context, decode=posterior,
+                            signal=tinyinr.Signal)
     case = (x, y, None, ("rbf", hyper), n, "rbf", None)
     joint, marginal = (evaluation.evaluate_curves(exact, [case], by_one)["rbf"]
                        for by_one in (True, False))
     assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)
     assert marginal["target_ll"] == pytest.approx(marginal["gp"], abs=2e-3)
     assert joint["joint_ll"] > marginal["target_ll"] + 0.01
+    assert marginal["coverage"] == pytest.approx(0.95, abs=0.05)
 
 
 def test_pairs_are_random_views_of_each_object(tmp_path):
