@@ -1452,7 +1452,6 @@ def test_the_joint_likelihood_of_an_exact_posterior_is_the_exact_joint():
     assert joint["joint_ll"] == pytest.approx(joint["gp_joint"], abs=2e-3)
     assert marginal["target_ll"] == pytest.approx(marginal["gp"], abs=2e-3)
     assert joint["joint_ll"] > marginal["target_ll"] + 0.01
-    assert marginal["coverage"] == pytest.approx(0.95, abs=0.05)
 
 
 def test_pairs_are_random_views_of_each_object(tmp_path):
