@@ -1746,7 +1746,9 @@ def test_files_are_single_and_described_and_hold_no_traces(exported, name):
         told = about | {"part": part} | {side: entry[side] for side in sides}
         assert {p.key: p.value for p in proto.metadata_props} == {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
-    assert ModelConfig(**about["config"]) == exported.model(name).cfg
+    model = exported.model(name)
+    assert ModelConfig(**about["config"]) == model.cfg
+    assert about.get("stds_95", 0) == model.signal.has_std * model.signal.stds_95
     digest = hashlib.sha256((folder / f"{name}.pt").read_bytes()).hexdigest()
     assert about["checkpoint_sha256"] == digest
 
