@@ -57,9 +57,9 @@ function paint({k, picture, h, top, n, W, H}) {
   canvas.getContext("2d").drawImage(picture, 0, top * H / h, W, n * H / h);
 }
 function plot({mean, band, draws}) {
-  const places = ys => Array.from(ys, (y, i) => [4 * i / 255 - 2, y]);
+  const places = ys => Array.from(ys, (y, i) => [960 * i / 255, 160 * (2 - y)]);
   const edge = sign => places(mean.map((m, i) => m + sign * band[i]));
-  const dot = p => Array(2).fill([4 * p.x - 2, 2 - 4 * p.y]);
+  const dot = p => Array(2).fill([960 * p.x, 640 * p.y]);
   const lines = {
     band: [[...edge(1), ...edge(-1).reverse()]], each: draws.map(places), mean: [places(mean)],
     dots: view.points.map(dot), chosen: view.points.filter(p => p == held).map(dot)};
