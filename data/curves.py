@@ -152,7 +152,7 @@ GAP = re.compile(r"[-\u2013\u2014.:*?]*|-?(1\.)?#.*|[(<]?(n[./]?[ad]\.?|nat|null
                  r"no data)[)>]?", re.I)
 AMOUNT = re.compile(  # ($1,234.5), 3.5 %, 1'234, 5 p (flagged as provisional), 1.0D+3
     r"(?P<minus>\()?([-+]?)[$\u20ac\xa3\xa5]? ?([-+]?)([1-9]\d{0,2}(?P<mark>[,' \xa0])\d{3}"
-    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+\.?\d*|\.\d+)([ed][-+]?\d+)?"
+    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)([ed][-+]?\d+)?"
     r"(?: ?[%*$\u20ac\xa3\xa5]| [bcdefnprsuz]{1,2})?(?(minus)\))", re.I)
 EITHER = re.compile(r"[-+]?[1-9]\d{0,2}[,.]\d{3}")  # a mark of decimals or of thousands
 CLOCK = re.compile(r"(\d+):(\d\d)(?::(\d\d(?:[.,]\d+)?))?(?: ?([ap])\.?m\.?)?"
@@ -246,16 +246,21 @@ def _date(cell: str, day_first: bool | None) -> datetime | None:
 
 def _value(cell: str, delimiter: str | None, decimal: str, day_first: bool | None):
     """A number (NaN in a gap), a time (Clock), a date, or text."""
-    number, value = cell.translate(SWAP_MARKS) if decimal == "," else cell, None
-    with contextlib.suppress(ValueError):
+    number = cell.translate(SWAP_MARKS) if decimal == "," else cell
+    try:
         value = float(number)
-    if value is None and (found := AMOUNT.fullmatch(number)):
+        return value if abs(value) < 1e100 else math.nan
+    except ValueError:
+        if len(cell) > 60:
+            return cell
+    if found := AMOUNT.fullmatch(number):
         minus, *sign, digits, mark, exponent = found.groups("")
         if mark != " " or delimiter not in (None, ","):
             digits = re.sub("[,' \xa0]", "", digits) + exponent.lower().replace("d", "e")
             value = float("".join(sign)[:1] + digits) * (-1 if minus else 1)
-    if value is not None or GAP.fullmatch(cell):
-        return value if value is not None and abs(value) < 1e100 else math.nan
+            return value if abs(value) < 1e100 else math.nan
+    if GAP.fullmatch(cell):
+        return math.nan
     with contextlib.suppress(ValueError, OverflowError):
         if cell[:1].isalnum():
             time = _clock(cell)
@@ -378,8 +383,8 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
     def has_x(row):
         return len(row) == width and type(x := row[min(kinds)]) is kinds[min(kinds)] and x == x
 
-    first = next(i for i, row in enumerate(rows) if has_x(row)
-                 and not any(isinstance(row[j], str) for j in kinds))
+    first = next((i for i, row in enumerate(rows) if has_x(row)
+                  and not any(isinstance(row[j], str) for j in kinds)), 0)
     while first and has_x(rows[first - 1]):  # a row all the same, with words in it
         first -= 1
     if first and kinds[min(kinds)] is datetime:  # an odd one among dates is no header
@@ -393,7 +398,9 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
             header = ["", *header]
         names = ["x", "y"] if width == 2 else [f"column {j + 1}" for j in range(width)]
         names = [a or b for a, b in zip(header, names)] if len(header) == width else names
-    names = [n if n not in names[:j] else f"{n} ({j + 1})" for j, n in enumerate(names)]
+    names = [name[:80] for name in names]
+    place = {name: j for j, name in reversed([*enumerate(names)])}  # where it is first
+    names = [n if place[n] == j else f"{n} ({j + 1})" for j, n in enumerate(names)]
     rows, names, kinds = _join_dates(rows[first:], names, kinds)
     column = [row[j] for row in rows if len(row) > (j := min(kinds))]
     if len(kinds) > 2 and ROW_NUMBER.fullmatch(names[j]) and names[-1] != f"column {width}" and any(
@@ -485,8 +492,8 @@ def read_table(path, columns: str | None = None, data: bytes | None = None) -> T
         if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MB; give a part of it")
         lines = [line for line in _text(data).splitlines() if line.strip()]
-        if len(lines) > MAX_LINES:
-            raise ValueError(f"more than {MAX_LINES:,} lines; give a part of it")
+        if len(lines) > MAX_LINES or any(len(line) > MAX_LINES for line in lines):
+            raise ValueError(f"more than {MAX_LINES:,} lines, or bytes in a line; give a part of it")
         return _series(lines, columns)
 
 
