@@ -148,12 +148,12 @@ MAX_BYTES, MAX_LINES = 2**24, 2**20
 SWAP_MARKS = str.maketrans(",.", ".,")
 PLAIN = str.maketrans("\u2212\u202f\u2009\u2019", "-\xa0\xa0'")  # minus, thin blanks, apostrophe
 DAY = timedelta(days=1)
-GAP = re.compile(r"[-\u2013\u2014.:*?]*|-?(1\.)?#.*|[(<]?(n[./]?[ad]\.?|nat|null|none|m|missing|"
-                 r"no data)[)>]?", re.I)
+GAP = re.compile(r"[-\u2013\u2014.:*?]*|-?(1\.)?#[a-z]+[/0!?a-z]*|"
+                 r"[(<]?(n[./]?[ad]\.?|nat|null|none|m|missing|no data)[)>]?", re.I)
 AMOUNT = re.compile(  # ($1,234.5), 3.5 %, 1'234, 5 p (flagged as provisional), 1.0D+3
     r"(?P<minus>\()?([-+]?)[$\u20ac\xa3\xa5]? ?([-+]?)([1-9]\d{0,2}(?P<mark>[,' \xa0])\d{3}"
-    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)([ed][-+]?\d+)?"
-    r"(?: ?[%*$\u20ac\xa3\xa5]| [bcdefnprsuz]{1,2})?(?(minus)\))", re.I)
+    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(d[-+]\d+)?"
+    r"(?: ?[%*$\u20ac\xa3\xa5]|(?-i: [bcdefnprsuz]{1,2}))?(?(minus)\))", re.I)
 EITHER = re.compile(r"[-+]?[1-9]\d{0,2}[,.]\d{3}")  # a mark of decimals or of thousands
 CLOCK = re.compile(r"(\d+):(\d\d)(?::(\d\d(?:[.,]\d+)?))?(?: ?([ap])\.?m\.?)?"
                    r"(?: ?(?:Z|UTC|GMT|([-+]\d\d):?(\d\d)?))?", re.I)
