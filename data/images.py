@@ -98,7 +98,7 @@ def naming(file, needs: str = ""):
     except Exception as e:  # damaged files provoke errors of many kinds
         if not (needs or isinstance(e, ValueError)):
             raise
-        words = str(e)
+        words = str(e)[:500]
         if needs and type(e) is not ValueError:
             words = f"malformed ({type(e).__name__}: {e}); needed: {needs}"
         raise ValueError(printable(f"{file}: {words}")) from e

@@ -18,12 +18,12 @@ MAX_BYTES, MAX_LINES = 2**24, 2**20
 SWAP_MARKS = str.maketrans(",.", ".,")
 PLAIN = str.maketrans("\u2212\u202f\u2009\u2019", "-\xa0\xa0'")  # minus, thin blanks, apostrophe
 DAY = timedelta(days=1)
-GAP = re.compile(r"[-\u2013\u2014.:*?]*|-?(1\.)?#.*|[(<]?(n[./]?[ad]\.?|nat|null|none|m|missing|"
-                 r"no data)[)>]?", re.I)
+GAP = re.compile(r"[-\u2013\u2014.:*?]*|-?(1\.)?#[a-z]+[/0!?a-z]*|"
+                 r"[(<]?(n[./]?[ad]\.?|nat|null|none|m|missing|no data)[)>]?", re.I)
 AMOUNT = re.compile(  # ($1,234.5), 3.5 %, 1'234, 5 p (flagged as provisional), 1.0D+3
     r"(?P<minus>\()?([-+]?)[$\u20ac\xa3\xa5]? ?([-+]?)([1-9]\d{0,2}(?P<mark>[,' \xa0])\d{3}"
-    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+\.?\d*|\.\d+)([ed][-+]?\d+)?"
-    r"(?: ?[%*$\u20ac\xa3\xa5]| [bcdefnprsuz]{1,2})?(?(minus)\))", re.I)
+    r"(?:(?P=mark)\d{3})*(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(d[-+]\d+)?"
+    r"(?: ?[%*$\u20ac\xa3\xa5]|(?-i: [bcdefnprsuz]{1,2}))?(?(minus)\))", re.I)
 EITHER = re.compile(r"[-+]?[1-9]\d{0,2}[,.]\d{3}")  # a mark of decimals or of thousands
 CLOCK = re.compile(r"(\d+):(\d\d)(?::(\d\d(?:[.,]\d+)?))?(?: ?([ap])\.?m\.?)?"
                    r"(?: ?(?:Z|UTC|GMT|([-+]\d\d):?(\d\d)?))?", re.I)
@@ -45,6 +45,7 @@ FORMS = (
 DATES = [re.compile(rf"([a-z]{{3,9}},? )?{form}([T,]? ?(?P<time>\d\d?:.*))?( UTC)?", re.I)
          for form in FORMS]  # after a day of the week, before a time
 OTHER_DATE = re.compile(r"\d+[/:.-]\w|[^\W\d]{3}.*\d{4}")  # 1/2/2020, Ene 2020, ...
+HEAD_YEAR = re.compile(r"[XY]?([12]\d{3})(\.0| \[YR\d+\])?")  # 1960, X1960, 1960 [YR1960]
 UNIT = re.compile(r"\(.*\)|\[.*\]|[munkMh]?(s|m|h|d|V|A|g|W|Pa|Hz|K|N|J|L|l)|min|sec|hours?|days?|"
                   r"\xb0?C|deg ?C?|degrees|%|bar|pp[mb]|rad|[a-zA-Z]+/[a-zA-Z]+\d?|-|")
 ROW_NUMBER = re.compile(r"column \d+|unnamed: ?\d+|index|id|row|obs|no\.?|nr\.?|#", re.I)
@@ -70,10 +71,10 @@ def _text(data: bytes) -> str:
     zeros = [data[i:400:2].count(0) > len(data[:400]) // 4 for i in (0, 1)]
     encoding = ("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else
                 "utf-16-be" if zeros[0] else "utf-16-le" if zeros[1] else "utf-8-sig")
-    for name in (encoding, "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode(name).translate(PLAIN)
-    return data.decode("latin-1")
+    try:
+        return data.decode(encoding).translate(PLAIN)
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace").translate(PLAIN)
 
 
 def _split(line: str, delimiter: str | None) -> list[str]:
@@ -121,16 +122,21 @@ def _date(cell: str, day_first: bool | None) -> datetime | None:
 
 def _value(cell: str, delimiter: str | None, decimal: str, day_first: bool | None):
     """A number (NaN in a gap), a time (Clock), a date, or text."""
-    number, value = cell.translate(SWAP_MARKS) if decimal == "," else cell, None
-    with contextlib.suppress(ValueError):
+    number = cell.translate(SWAP_MARKS) if decimal == "," else cell
+    try:
         value = float(number)
-    if value is None and (found := AMOUNT.fullmatch(number)):
+        return value if abs(value) < 1e100 else math.nan
+    except ValueError:
+        if len(cell) > 60:
+            return cell
+    if found := AMOUNT.fullmatch(number):
         minus, *sign, digits, mark, exponent = found.groups("")
         if mark != " " or delimiter not in (None, ","):
             digits = re.sub("[,' \xa0]", "", digits) + exponent.lower().replace("d", "e")
             value = float("".join(sign)[:1] + digits) * (-1 if minus else 1)
-    if value is not None or GAP.fullmatch(cell):
-        return value if value is not None and abs(value) < 1e100 else math.nan
+            return value if abs(value) < 1e100 else math.nan
+    if GAP.fullmatch(cell):
+        return math.nan
     with contextlib.suppress(ValueError, OverflowError):
         if cell[:1].isalnum():
             time = _clock(cell)
@@ -175,18 +181,11 @@ def _layout(lines: list[str], notes: list[str]) -> tuple:
     return delimiter, decimal, day_first
 
 
-def _year(cell) -> float | datetime | None:
-    """The date or year at the head of a column: 1960, X1960, 1960 [YR1960]."""
-    if isinstance(cell, datetime):
-        return cell
-    found = re.fullmatch(r"[XY]?([12]\d{3})(\.0| \[YR\d+\])?", str(cell))
-    return float(found[1]) if found else None
-
-
 def _across(rows: list[list]) -> tuple[list[list], list[str]] | None:
     """Rows and names of columns of a table with years or dates across its columns, turned."""
     for i, row in enumerate(rows[:100]):
-        marks = [_year(v) for v in row]
+        marks = [v if isinstance(v, datetime) else (year := HEAD_YEAR.fullmatch(str(v)))
+                 and float(year[1]) for v in row]
         end = max((j + 1 for j, v in enumerate(marks) if v is not None), default=0)
         n = max((j + 1 for j, v in enumerate(marks[:end]) if v is None), default=0)
         x = marks[n:end]
@@ -205,27 +204,26 @@ def _across(rows: list[list]) -> tuple[list[list], list[str]] | None:
 
 def _join_dates(rows: list[list], names: list[str], kinds: dict) -> tuple:
     """Rows, names and kinds where columns year, month (and day), or Jan to Dec, become dates."""
-    j, bare = min(kinds), re.fullmatch(r"(column \d+ ?)+", " ".join(names))
+    j, bare = min(kinds), re.fullmatch(r"(column \d+ ?)+", title := " ".join(names))
     found = [row for row in rows if len(row) == len(names) and type(row[j]) is float]
-    years = [row[j] for row in found if row[j] == row[j]]
-    if kinds[j] is not float or any(y % 1 or not 1500 < y < 2500 for y in years):
+    years = [row[j] for row in found if row[j] % 1 == 0 and 1500 < row[j] < 2500]
+    if kinds[j] is not float or len(years) < len(found):
         return rows, names, kinds
     if [name[:3].lower() for name in names[j + 1 : j + 13]] == MONTHS or (
             bare and len(names) == 13 and all(b - a == 1 for a, b in itertools.pairwise(years))):
         rows = [[datetime(int(row[j]), m + 1, 1), v] for row in found
                 for m, v in enumerate(row[j + 1 : j + 13])]
         return rows, ["date", "value"], {0: datetime, 1: float}
-    for n, heads in ((3, r"y\w* mon?\w* da?y?\b"), (2, r"y\w* mon?\w*\b")):
+    for n, head in ((3, r".*?\by\w* mon?\w* da?y?\b"), (2, r".*?\by\w* mon?\w*\b")):
         with contextlib.suppress(ValueError, TypeError):
             dates = [datetime(*(int(v) if v % 1 == 0 else 0 for v in [*row[j : j + n], 1][:3]))
                      for row in found]
-            if len(kinds) > n and (re.match(heads, " ".join(names[j:]), re.I)
+            if len(kinds) > n and (re.match(head, title, re.I)
                                    or bare and len({*dates}) == len(dates) > len({*years})):
-                for row, date in zip(found, dates):
-                    row[j] = date
                 if all(row[j + n] // 1 == year for row, year in zip(found, years)):
                     kinds[j + n] = int  # the same as a decimal number
-                return rows, names, {j: datetime} | {k: v for k, v in kinds.items() if k >= j + n}
+                kinds = {j: datetime} | {k: v for k, v in kinds.items() if k >= j + n}
+                return [row[:j] + [d] + row[j + 1 :] for row, d in zip(found, dates)], names, kinds
     return rows, names, kinds
 
 
@@ -250,15 +248,11 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
     if layout[0] is None:  # nothing says which cell is empty
         rows = [row if not row or len(row) >= width else [math.nan] for row in rows]
 
-    def has_x(row):
-        return len(row) == width and type(x := row[min(kinds)]) is kinds[min(kinds)] and x == x
-
-    first = next(i for i, row in enumerate(rows) if has_x(row)
-                 and not any(isinstance(row[j], str) for j in kinds))
-    while first and has_x(rows[first - 1]):  # a row all the same, with words in it
-        first -= 1
-    if first and kinds[min(kinds)] is datetime:  # an odd one among dates is no header
-        _refuse_date(v for v in rows[first - 1][min(kinds) :][:1] if str(v)[:1].isdigit())
+    j = min(kinds)
+    first = next((i for i, row in enumerate(rows) if len(row) == width
+                  and type(row[j]) is kinds[j] and row[j] == row[j]), 0)
+    if first and kinds[j] is datetime:  # an odd one among dates is no header
+        _refuse_date(v for v in rows[first - 1][j : j + 1] if str(v)[:1].isdigit())
     if names is None:
         *above, header = [[], *(_split(v.lstrip("#%! "), layout[0]) for v in lines[:first][-2:])]
         if len(above) == 2 and len(above[1]) == len(header) and all(map(UNIT.fullmatch, header)):
@@ -268,7 +262,9 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
             header = ["", *header]
         names = ["x", "y"] if width == 2 else [f"column {j + 1}" for j in range(width)]
         names = [a or b for a, b in zip(header, names)] if len(header) == width else names
-    names = [n if n not in names[:j] else f"{n} ({j + 1})" for j, n in enumerate(names)]
+    names = [name[:80] for name in names]
+    place = {name: j for j, name in reversed([*enumerate(names)])}  # where it is first
+    names = [n if place[n] == j else f"{n} ({j + 1})" for j, n in enumerate(names)]
     rows, names, kinds = _join_dates(rows[first:], names, kinds)
     column = [row[j] for row in rows if len(row) > (j := min(kinds))]
     if len(kinds) > 2 and ROW_NUMBER.fullmatch(names[j]) and names[-1] != f"column {width}" and any(
@@ -348,10 +344,11 @@ def _series(lines: list[str], columns: str | None) -> Table:
 
 
 def read_table(path, columns: str | None = None, data: bytes | None = None) -> Table:
-    """Series of a file, or of `data`, its bytes: any delimiter, decimal mark, header, ISO dates.
+    """Series of a file, or of `data`, its bytes: any delimiter, decimal mark, header, dates.
 
     columns: "x,y" or "x,y1,y2" by name or number from 1; "all"; None: the first two of numbers.
-    Rows without x or without any y are left out. Raises ValueError for what is no such table.
+    Where years or dates stand across the columns, every row is one y. Rows without x or without any
+    y are left out. Raises ValueError for what is no such table.
     """
     if data is None:
         with open(path, "rb") as file:
@@ -360,6 +357,6 @@ def read_table(path, columns: str | None = None, data: bytes | None = None) -> T
         if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MB; give a part of it")
         lines = [line for line in _text(data).splitlines() if line.strip()]
-        if len(lines) > MAX_LINES:
-            raise ValueError(f"more than {MAX_LINES:,} lines; give a part of it")
+        if len(lines) > MAX_LINES or any(len(line) > MAX_LINES for line in lines):
+            raise ValueError(f"more than {MAX_LINES:,} lines, or bytes in one; give a part of it")
         return _series(lines, columns)
