@@ -1081,7 +1081,7 @@ class GridImage(Image):
         error, std = target - prediction.mean.float(), prediction.std.float()
         excess = error.detach().abs() - 1.96 * std
         quantile = torch.maximum(0.95 * excess, -0.05 * excess)
-        return (error / 0.05).square() + quantile / 0.05  # in units of which the KL divergence is
+        return (error / 0.05).square() + quantile / 0.05  # the scale weighs them against the KL
 
     def axis(self, n: int) -> Tensor:
         """Places (n,) of n nodes, or of the tokens, along an axis."""
