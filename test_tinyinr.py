@@ -422,11 +422,11 @@ def test_a_grid_model_starts_from_the_base_weights():
 def test_latents_drawn_once_give_the_same_values_as_noise(task, pool, grid):
     """And those of several samples what each gives alone."""
     model, (context, query) = tiny(task, "vnp", grid, latent_pool=pool), signals(task)
-    code, eps = model.encode(context), torch.randn(2, 3, 1, 5)
+    code, eps = model.encode(context), 4 * torch.randn(2, 3, 1, 5)
     z, kl = model.latents(code, query, eps)
     assert z.shape == (2, 3, 1, 5) and (kl == 0).all()
     close(model.decode(code, query, z=z), want := model.decode(code, query, eps))
-    assert (model.decode(code, query).mean - want.mean).abs().max() > 3e-5
+    assert (model.decode(code, query).mean - want.mean).abs().max() > 1e-4
     many = model.decode(code, query, torch.stack((torch.zeros_like(eps), eps), 1))
     for one, got in ((model.decode(code, query), 0), (want, 1)):
         close(tinyinr.Prediction(*(v if v is None else v[got] for v in many)), one)
@@ -721,7 +721,8 @@ def test_dependencies_point_upward():
     imports = lambda body: {a.name for n in body if isinstance(n, ast.Import) for a in n.names} | {
         n.module for n in body if isinstance(n, ast.ImportFrom)}
     assert not {"data", "click", "numpy"} & {n.split(".")[0] for n in imports(sections[0].body)}
-    for reader in ("images", "scenes", "curves", "pictures", "runs", "meshrender", "onnx_graph"):
+    for reader in ("images", "scenes", "curves", "tables", "pictures", "runs", "meshrender",
+                   "onnx_graph"):
         assert "tinyinr" not in imports(
             ast.walk(ast.parse((ROOT / "data" / f"{reader}.py").read_text())))
 
@@ -1363,7 +1364,8 @@ def test_render_draws_what_the_function_is_and_encode_writes_its_numbers(trained
         close(torch.from_numpy(numbers[name]), code[name])
         close(torch.from_numpy(codes[name][row]), other[name][0], 1e-4)
     shutil.copy(ckpt, tmp_path / "a.pt")
-    for record, told in ('{"files": {}}', False), ("damaged", False), ('{"scores": {"a": 1}}', True):
+    for record, told in (('{"files": {}}', False), ("damaged", False),
+                         ('{"scores": {"a": 1}}', True)):
         (tmp_path / "a.json").write_text(record)
         info = run("info", tmp_path / "a.pt")
         assert re.search("transinr on image, .*dim=32.*step: 6", info, re.S)
@@ -2214,6 +2216,7 @@ def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
             ("1", 1, 255, "PNG"), ("L", 90, 90, "PNG"), ("LA", (0, 0), 255, "PNG"),
             ("RGBA", (0, 0, 0, 128), 127, "PNG"), ("I;16", 50000, 195, "PNG"),
             ("F", 0.5, 128, "TIFF"), ("CMYK", (0,) * 4, 255, "TIFF"), ("I", 50000, 195, "TIFF"),
+            ("I", -1, 0, "TIFF"),
             ("LAB", (255, 128, 128), 255, "TIFF")):
         pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode

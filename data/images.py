@@ -100,7 +100,7 @@ def naming(file, needs: str = ""):
             raise
         words = str(e)[:500]
         if needs and type(e) is not ValueError:
-            words = f"malformed ({type(e).__name__}: {e}); needed: {needs}"
+            words = f"malformed ({type(e).__name__}: {words}); needed: {needs}"
         raise ValueError(printable(f"{file}: {words}")) from e
 
 
@@ -163,7 +163,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode -> RGB, transparency on white, 16 bits as 8, floats from [0, 1]."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        values = np.where(values == image.info.get("transparency", -1), 65535, values)
+        if "transparency" in image.info:
+            values = np.where(values == image.info["transparency"], 65535, values)
         image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         values = np.fmin(np.fmax(image, 0), 1) * 255  # NaN becomes 0

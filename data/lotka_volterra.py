@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinyinr  # noqa: E402
 from data.commands import Commands  # noqa: E402
 from data.curves import standardise  # noqa: E402
-from data.tables import read_table  # noqa: E402
 from data.evaluation import mixture, mixture_log_likelihood, sample_curves  # noqa: E402
+from data.tables import read_table  # noqa: E402
 from tinyinr import Prediction, log_likelihood  # noqa: E402
 
 YEARS, BURN_IN, STEPS = 91, 10, 45  # 1845 to 1935; years before them; steps of a year

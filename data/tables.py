@@ -266,7 +266,8 @@ def _grid(lines: list[str], notes: list[str]) -> tuple[list[list], list[str], di
     place = {name: j for j, name in reversed([*enumerate(names)])}  # where it is first
     names = [n if place[n] == j else f"{n} ({j + 1})" for j, n in enumerate(names)]
     rows, names, kinds = _join_dates(rows[first:], names, kinds)
-    column = [row[j] for row in rows if len(row) > (j := min(kinds))]
+    j = min(kinds)
+    column = [row[j] for row in rows if len(row) > j]
     if len(kinds) > 2 and ROW_NUMBER.fullmatch(names[j]) and names[-1] != f"column {width}" and any(
             column == [*range(i, i + len(column))] for i in (0, 1)):
         kinds[j] = int
