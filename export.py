@@ -22,6 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -37,7 +38,7 @@ import tinyinr
 from data import page as pages
 from data.commands import Command
 from data.evaluation import open_data, score, write_json
-from data.onnx_graph import (IO, ReducedAngles, name_values, require_one_batch,
+from data.onnx_graph import (IO, ReducedAngles, inverse_cholesky, name_values, require_one_batch,
                              share_initializers, store_half)
 from tinyinr import ModelConfig, RunFailed
 
@@ -225,7 +226,8 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     free = tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)}
                  for shape in graph.inputs.values())
     logging.disable(logging.WARNING)  # of PyTorch's exporter and what it calls
-    with warnings.catch_warnings(action="ignore"), ReducedAngles():
+    with (warnings.catch_warnings(action="ignore"), ReducedAngles(),
+          patch.object(tinyinr, "inverse_cholesky", inverse_cholesky)):
         proto = torch.onnx.export(
             graph, tuple(graph.draw().values()), dynamo=True, dynamic_shapes=(free,),
             input_names=[IO + k for k in graph.inputs],

@@ -106,6 +106,7 @@ class ModelConfig(Checked):
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
+    n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
     # positional encoding
     n_freqs: int = bounded(64, 1)  # frequencies per axis
     freq_top: float = bounded(1024.0, 1.0, 1e6)  # highest frequency over the lowest
@@ -219,10 +220,10 @@ SMALL = {  # (task, model): what differs from the defaults
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128,
+        grid=48, n_convs=5, n_features=64, n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128,
         latent=16, lr=1e-3, muon_lr=0.01),
     ("gp", "transinr"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
+        grid=48, n_convs=5, n_features=64, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
         n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
@@ -233,7 +234,7 @@ SMALL = {  # (task, model): what differs from the defaults
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
     "image": dict(grid=0, freq_top=1024.0, zoom=1),
     "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
-    "gp": dict(grid=0, freq_top=256.0, n_convs=0, rough=0.0),
+    "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
                 repeats=2, drop_last=True, batch_size=32, n_queries=128, train_views=25,
@@ -917,12 +918,16 @@ class VNP(Model):
         f, e = self.features(code["tokens"], points)
         for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
-        return self.head(f), points, z_vals
+        return self.field(code, points, f), points, z_vals
 
     def posterior_predict(self, code: dict, query: dict, target: Tensor, eps: Tensor):
         """Prediction under the posterior, and its KL divergence (B,): both terms of the ELBO."""
         _, kl, f, points, z_vals = self.infer_latents(code, query, eps, target)
-        return self.signal.to_prediction(self.head(f), points, z_vals), kl
+        return self.signal.to_prediction(self.field(code, points, f), points, z_vals), kl
+
+    def field(self, code: dict, points: Tensor, f: Tensor) -> Tensor:
+        """Raw values (B, K, C) at points (B, K, .) with features f (B, K, D) after all blocks."""
+        return self.head(f)
 
     def features(self, tokens, points) -> tuple[Tensor, Tensor]:
         """Features of the points and their embedded coordinates, both (B, K, D)."""
@@ -1119,7 +1124,15 @@ class GridScene(Scene):
 
 
 class GridCurve(Curve):
-    """A curve with a feature grid; a prior is averaged over every fourth token's place."""
+    """A curve with a feature grid; a prior is averaged over every fourth token's place.
+
+    Raw values may be followed by the variance that a regression adds, D more channels.
+    """
+
+    def to_prediction(self, raw, points, z_vals):
+        mean, std = super().to_prediction(raw[..., : self.out_dim], points, z_vals)
+        var = raw[..., self.out_dim :]
+        return Prediction(mean, (std.square() + var).sqrt() if var.shape[-1] else std)
 
     def axis(self, n):
         # centers of the strided convolution, or of parts of them
@@ -1135,11 +1148,77 @@ class GridCurve(Curve):
 GRID_SIGNALS = {"image": GridImage, "nvs": GridScene, "gp": GridCurve}
 
 
+def inverse_cholesky(a: Tensor) -> Tensor:
+    """The inverse of the Cholesky factor of positive definite matrices (..., n, n)."""
+    lower = torch.linalg.cholesky_ex(a).L
+    eye = torch.eye(a.shape[-1]).to(a).expand_as(a)
+    return torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
+class Regression(nn.Module):
+    """Exact Bayesian linear regression of a curve's values on features of x that its grid gives.
+
+    y = phi(x) w + noise(x) with w ~ N(0, s^2 I), the noise's std s noise(x), and s^-2 ~ Gamma(nu/2,
+    nu/2): the posterior given the context has a closed form, so that observed values are met as
+    precisely as the features allow, and the std grows by itself where they explain the context
+    badly. phi, noise and nu are learned (ALPaCA, Harrison et al., 2018). All in fp32.
+    """
+
+    def __init__(self, width: int, n_features: int, n_values: int):
+        super().__init__()
+        self.n_features, self.n_values = n_features, n_values
+        self.basis = nn.Sequential(nn.Linear(width + 1, 128), nn.GELU(),
+                                   nn.Linear(128, n_features + n_values))
+        self.log_nu = nn.Parameter(torch.tensor(2.0))
+
+    def features(self, nodes: Tensor, x: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
+        """phi (B, K, F) and the noise's std (B, K, D) at points x (B or 1, K, 1)."""
+        local = interpolate(nodes.to(self.log_nu.dtype), x, axis)  # (B, K, width)
+        x = x.expand(len(local), -1, -1).to(local.dtype)
+        phi, noise = to_fp32(self.basis(torch.cat((local, x), -1))).split(
+            [self.n_features, self.n_values], -1)
+        return phi * self.n_features**-0.5, 0.01 + F.softplus(noise - 3)
+
+    def fit(self, nodes, axis, x, y, mask) -> Tensor:
+        """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F).
+
+        The first row is its mean, the others a factor of its covariance factor^T factor.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            phi, noise = self.features(nodes, x, axis)
+            phi, y, mask = phi.unsqueeze(1), *(to_fp32(v).mT.unsqueeze(-1) for v in (y, mask))
+            precision = mask / noise.square().mT.unsqueeze(-1)  # (B, D, N, 1)
+            weighted = (precision * phi).mT  # (B, D, F, N)
+            gram, eye = weighted @ phi, torch.eye(self.n_features).to(phi)
+            ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # above fp32's rounding
+            factor = inverse_cholesky(gram + ridge[..., None, None] * eye)
+            white = factor @ (weighted @ y)  # (B, D, F, 1)
+            misfit = (precision * y.square()).sum(-2) - white.square().sum(-2)  # (B, D, 1)
+            nu = self.log_nu.exp()
+            s = (nu + misfit.clamp(min=0)) / (nu + mask.sum(-2))
+            return torch.cat((white.mT @ factor, factor * s.sqrt().unsqueeze(-1)), -2)
+
+    def add(self, raw, posterior, nodes, axis, x) -> Tensor:
+        """Raw values (..., B, K, 2 D) of mean and std, plus the regression's mean and variance."""
+        with torch.autocast(x.device.type, enabled=False):
+            phi, _ = self.features(nodes, x, axis)
+            values = phi.unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
+            mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
+            raw_mean, raw_std = to_fp32(raw).chunk(2, -1)
+            return torch.cat((raw_mean + mean, raw_std, var.expand_as(raw_std)), -1)
+
+
 def start_as_identity(blocks):
     """Let Transformer blocks start as the identity plus a constant."""
     for block in blocks:
         nn.init.zeros_(block.out.weight)
         nn.init.zeros_(block.ff2.weight)
+
+
+def make_regression(cfg: ModelConfig, width: int) -> Regression | None:
+    """The regression of a curve's model whose nodes have this width; None: it has none."""
+    wanted = cfg.task == "gp" and cfg.n_features
+    return Regression(width, cfg.n_features, cfg.n_values) if wanted else None
 
 
 class GridTransINR(TransINR):
@@ -1154,6 +1233,7 @@ class GridTransINR(TransINR):
         width = next(iter(self.shapes.values()))[1] * self.factor**self.signal.coord_dim
         self.grid_head = weight_head(cfg.dim, width)
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
+        self.regression = make_regression(cfg, cfg.inr_width)
         start_as_identity(self.transformer)
         for head in self.weight_heads.values():  # generated weights start as the base weights
             nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
@@ -1163,10 +1243,17 @@ class GridTransINR(TransINR):
         data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
         grid = upsample(self.grid_head(data), self.cfg.side, self.factor, self.signal.coord_dim)
-        return code | {"grid": grid.to(next(iter(code.values())).dtype)}
+        code["grid"] = grid.to(next(iter(code.values())).dtype)
+        if self.regression:
+            observed = self.signal.inputs(context)
+            code["posterior"] = self.regression.fit(code["grid"], self.axis, *observed)
+        return code
 
     def field(self, code, points):
-        return super().field(code, points, interpolate(code["grid"], points, self.axis))
+        raw = super().field(code, points, interpolate(code["grid"], points, self.axis))
+        if self.regression:
+            raw = self.regression.add(raw, code["posterior"], code["grid"], self.axis, points)
+        return raw
 
 
 class GridVNP(VNP):
@@ -1178,6 +1265,7 @@ class GridVNP(VNP):
         width = cfg.dim * self.factor**self.signal.coord_dim
         self.grid_head = nn.Linear(cfg.dim, width) if self.factor > 1 else nn.Identity()
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
+        self.regression = make_regression(cfg, cfg.dim)
         if isinstance(self.signal, Curve):  # stationary: tokens attend by their distance
             nn.init.normal_(self.tokenizer.pos, std=0.02)
             self.transformer = nn.Sequential(*(
@@ -1185,10 +1273,26 @@ class GridVNP(VNP):
                 for _ in range(cfg.depth)))
         start_as_identity(self.transformer)
 
+    def nodes(self, tokens):
+        """The feature grid (B, n^C, D) of the context tokens."""
+        return upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
+
+    def encode(self, context):
+        code = super().encode(context)
+        if self.regression:
+            nodes, observed = self.nodes(code["tokens"]), self.signal.inputs(context)
+            code["posterior"] = self.regression.fit(nodes, self.axis, *observed)
+        return code
+
     def initial_features(self, tokens, points, e):
-        dim = self.signal.coord_dim
-        grid = upsample(self.grid_head(tokens), self.cfg.side, self.factor, dim)
-        return interpolate(grid, points, self.axis)
+        return interpolate(self.nodes(tokens), points, self.axis)
+
+    def field(self, code, points, f):
+        raw = super().field(code, points, f)
+        if self.regression:
+            nodes = self.nodes(code["tokens"])
+            raw = self.regression.add(raw, code["posterior"], nodes, self.axis, points)
+        return raw
 
 
 # ------------------------------------------------------------------------- losses, prediction

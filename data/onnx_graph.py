@@ -29,6 +29,18 @@ class ReducedAngles(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def inverse_cholesky(a: Tensor) -> Tensor:
+    """tinyinr's, by Gaussian elimination of [a | 1] row by row: ONNX has no Cholesky factor."""
+    n = a.shape[-1]
+    rest, rows = torch.cat((a, torch.eye(n).expand_as(a)), -1), []
+    for k in range(n):
+        row, rest = rest[..., :1, :], rest[..., 1:, :]
+        pivot = row[..., k : k + 1]
+        rows.append(row[..., n:] * pivot.rsqrt())
+        rest = rest - rest[..., k : k + 1] / pivot * row
+    return torch.cat(rows, -2)
+
+
 IO = "io."  # PyTorch calls values inside of a graph `mean` too, but none begins so
 
 
