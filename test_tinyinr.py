@@ -91,6 +91,12 @@ def signals(task, batch=3, targets=7, size=16):
     return context, {"rays_o": o, "rays_d": d}
 
 
+def picture_rays(pose, focal, side):
+    """A query of all pixels of a picture (side, side)."""
+    o, d = tinyinr.camera_rays(pose, focal, side, side)
+    return {"rays_o": o.reshape(1, -1, 3), "rays_d": d.reshape(1, -1, 3)}
+
+
 def run(*args, code=0, program=tinyinr.cli):
     """A command line in this process: its output, after a check of the exit code."""
     defaults = {command: {"device": DEVICE} for command in tinyinr.cli.commands}
@@ -870,6 +876,11 @@ def logged(out):
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def saved(out):
+    """The checkpoint of a run."""
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
 def wait_for_step(step, out, process):
     """Until a running process has logged a step beyond this one."""
     end = time.monotonic() + 60
@@ -896,7 +907,7 @@ def test_one_process_leaves_the_same_file_again_and_two_learn_it(task, name, pie
     assert (one / "ckpt.pt").read_bytes() == (tmp_path / "again/ckpt.pt").read_bytes()
     args += ("--set", f"grad_accum_steps={pieces}", "--out", two)
     together = finish(start(*args, processes=2))
-    a, b = (torch.load(p / "ckpt.pt", weights_only=True) for p in (one, two))
+    a, b = saved(one), saved(two)
     assert a["step"] == b["step"] == 20
     for key, value in a["model"].items():
         keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
@@ -1055,7 +1066,7 @@ def test_training_leaves_checkpoint_log_and_picture_and_resumes_by_its_folder(tr
     assert {"loss", "psnr", "lr", "ms", "signals_per_s", "elapsed"} <= set(rows[-1])
     shutil.copytree(trained.out, tmp_path / "run")
     run("train", "--resume", "--out", tmp_path / "run", "--steps", 8)
-    ckpt = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    ckpt = saved(tmp_path / "run")
     assert ckpt["step"] == ckpt["recipe"]["steps"] == 8 and ckpt["data"] == str(trained.data)
 
 
@@ -1120,7 +1131,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(t
     wait_for_step(0, out, process)
     process.send_signal(signal.SIGTERM)
     *_, words, command = finish(process).splitlines()
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    step = saved(out)["step"]
     assert words == f"SIGTERM: saved step {step}; go on with"
     python, program, *args = shlex.split(command)  # the command that was printed does go on
     assert (python, Path(program)) == ("python", ROOT / "tinyinr.py")
@@ -1128,7 +1139,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(t
     wait_for_step(step, out, process)
     process.kill()
     process.communicate()
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step
+    assert saved(out)["step"] == step
     runs.truncate_log(out / "log.jsonl", step)  # as the next run does
     assert logged(out)[-1]["step"] == step
 
@@ -1139,7 +1150,7 @@ def test_a_signal_before_the_first_step_saves_as_well(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT), prepare(*args))[1])
     output = run(*train_args("image", "transinr", tmp_path, "--steps", 5, "--out", tmp_path / "r"))
     assert "SIGINT: saved step 0; go on with" in output
-    assert torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"] == 0
+    assert saved(tmp_path / "r")["step"] == 0
 
 
 @every_cell
@@ -1267,9 +1278,9 @@ def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
     views = scenes.read_scene(*scenes.find_scene(scene), side)
     code = model.encode(rendering.scene_context(model, views))
     for i, (pose, focal) in enumerate(zip(views.poses, views.focals * 8 / side)):
-        o, d = (v.flatten(0, 1)[None] for v in tinyinr.camera_rays(pose, focal, 8, 8))
-        z = model.latents(code, {"rays_o": o, "rays_d": d})[0] if z is None else z  # for all views
-        want = model.decode(code, {"rays_o": o, "rays_d": d}, z=z).mean
+        query = picture_rays(pose, focal, 8)
+        z = model.latents(code, query)[0] if z is None else z  # for all views
+        want = model.decode(code, query, z=z).mean
         check_picture(tmp_path / f"views/{i:03}.png", want.view(8, 8, 3))
     run("render", ckpt, tmp_path / "views/000.png", "-o", tmp_path / "t.gif", "--size", 4)
     assert Image.open(tmp_path / "t.gif").n_frames == 36
@@ -1369,7 +1380,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
     for name, change in (("bad", dict(optimizers=7)), ("worse", dict(config=[1])),
                          ("old", dict(format=1))):
         Path(name).mkdir()
-        torch.save(torch.load(ckpt, weights_only=True) | change, f"{name}/ckpt.pt")
+        torch.save(saved(out) | change, f"{name}/ckpt.pt")
     before, contents = sorted(tmp_path.rglob("*")), [p.read_bytes() for p in (ckpt, photo)]
     whole, resume = shlex.join(map(str, trained.args)), "train --resume --out"
     train, gp = f"{whole} --out o", ROOT / "data/pretrained/gp-vnp.pt"

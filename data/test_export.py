@@ -21,7 +21,7 @@ import export
 import tinyinr
 from data import curves, evaluation, images, rendering, scenes
 from data.testing import close, rand
-from test_tinyinr import PARITY, ROOT, balls, check_picture, full_disk, run, tiny
+from test_tinyinr import PARITY, ROOT, balls, check_picture, full_disk, picture_rays, run, tiny
 
 
 EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
@@ -306,9 +306,9 @@ def test_example_renders_a_new_view(tmp_path, exported, name):
     run_example("onnx_view.py", exported.folder / name, scene, 180, tmp_path / "out.png")
     views = scenes.read_scene(images.Tree(scene), "", side)
     behind = torch.diag(torch.tensor([-1.0, -1, 1])) @ views.poses[0]
-    o, d = (v.flatten(0, 1)[None] for v in tinyinr.camera_rays(behind, views.focals[0], side, side))
     code = model.encode(rendering.scene_context(model, views))
-    truth = model.decode(code, {"rays_o": o, "rays_d": d}).mean.view(side, side, 3)
+    query = picture_rays(behind, views.focals[0], side)
+    truth = model.decode(code, query).mean.view(side, side, 3)
     check_picture(tmp_path / "out.png", truth, 1)
     assert truth.std() > 0.01
 

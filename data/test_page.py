@@ -21,7 +21,7 @@ from PIL import Image
 import tinyinr
 from data import evaluation, page, rendering, scenes
 from data.testing import close, noisy, rand
-from test_tinyinr import poses
+from test_tinyinr import picture_rays, poses
 
 
 class Browser:
@@ -76,6 +76,11 @@ class Browser:
              deviceScaleFactor=1, mobile=width < 500)
         self("Page.navigate", url=url)
         return self.settle()
+
+    def point(self, x, y) -> dict:
+        """Where a point is on the screen that divides the sides of the view so."""
+        box = self.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
+        return {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
 
     def canvas(self, name="view") -> np.ndarray:
         """The picture (H, W, 3) uint8 of the canvas of this id."""
@@ -187,11 +192,9 @@ def test_an_image_on_the_page_is_zoomed_and_moved_by_buttons_keys_and_fingers(
     browser.settle(press(["ArrowRight", "ArrowUp", "ArrowUp"]))  # by an eighth of the picture each
     assert off(browser, values(grid / 8 + torch.tensor([-2, 1]) / 32)) <= 1.5
     browser.settle("reset.click()")
-    box = browser.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
     for kind, lefts in (("touchStart", (0.4, 0.6)), ("touchMove", (0.2, 0.8)), ("touchEnd", ())):
         browser("Input.dispatchTouchEvent", type=kind, touchPoints=[
-            {"x": box["x"] + left * box["width"], "y": box["y"] + box["height"] / 2, "id": i}
-            for i, left in enumerate(lefts)])
+            browser.point(left, 0.5) | {"id": i} for i, left in enumerate(lefts)])
     browser.settle("size.onchange()")
     assert off(browser, values(grid / 3)) <= 2.5  # pixels of the screen are whole
 
@@ -204,12 +207,8 @@ def test_the_page_draws_the_view_that_a_scene_was_seen_from(tmp_path, exported, 
     size, focals = model.cfg.image_size, torch.full((1, 2), 1.2 * model.cfg.image_size)
     images = (rand(1, 3, size, size) * 255).byte() / 255
     code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
-
-    def mean(pose):
-        rays_o, rays_d = tinyinr.camera_rays(pose, focals[0] * 64 / size, 64, 64)
-        query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
-        return tinyinr.predict(model, code, query).mean
-
+    mean = lambda pose: tinyinr.predict(
+        model, code, picture_rays(pose, focals[0] * 64 / size, 64)).mean
     (pose,), turn = poses(1), torch.tensor(0.5)
     assert off(browser, mean(pose)) <= 1.5
     browser.settle(press(["ArrowRight", "ArrowRight"]))  # the camera goes to the left
@@ -227,8 +226,7 @@ def test_the_page_draws_a_curve_whose_points_come_and_go_by_clicks_and_keys(
     model = exported.model(name)
     browser.open(f"{served}/{name}.html")
     before = browser.js("view.values.mean")
-    box = browser.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
-    at = {"x": box["x"] + 0.75 * box["width"], "y": box["y"] + 0.25 * box["height"]}
+    at = browser.point(0.75, 0.25)
     browser.js("delete document.body.dataset.state")
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, clickCount=1, button="left", **at)

@@ -80,8 +80,7 @@ def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
             ("1", 1, 255, "PNG"), ("L", 90, 90, "PNG"), ("LA", (0, 0), 255, "PNG"),
             ("RGBA", (0, 0, 0, 128), 127, "PNG"), ("I;16", 50000, 195, "PNG"),
             ("F", 0.5, 128, "TIFF"), ("CMYK", (0,) * 4, 255, "TIFF"), ("I", 50000, 195, "TIFF"),
-            ("I", -1, 0, "TIFF"),
-            ("LAB", (255, 128, 128), 255, "TIFF")):
+            ("I", -1, 0, "TIFF"), ("LAB", (255, 128, 128), 255, "TIFF")):
         pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
         assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
     for depth, kind, row, key, expected in (  # PNGs of one row of two pixels, and a color as none
