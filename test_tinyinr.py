@@ -1,6 +1,6 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
-python -m pytest -q                            # all, in minutes; some of them are in data/
+python -m pytest -q                            # all, in minutes; some lie in data/
 DEVICE=cuda python -m pytest -q                # the commands on that device
 DAMAGED=15000 python -m pytest -qs -k damaged  # so many damaged files of every kind
 """

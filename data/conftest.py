@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as `python -m pytest` does
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
