@@ -1,6 +1,6 @@
 """Tests of tinyinr, in the order of its sections; each compares with an independent oracle.
 
-python -m pytest -q                            # all, in minutes
+python -m pytest -q                            # all, in minutes; some lie in data/
 DEVICE=cuda python -m pytest -q                # the commands on that device
 DAMAGED=15000 python -m pytest -qs -k damaged  # so many damaged files of every kind
 """
@@ -9,57 +9,44 @@ import ast
 import csv
 import ctypes
 import functools
-import gc
-import hashlib
-import http.server
 import importlib.util
-import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import threading
 import time
-import zipfile
-import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
-from datetime import datetime
 from itertools import islice, product
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import export
 import tinyinr
-from data import (bench, commands, curves, evaluation, images, lotka_volterra, page, rendering,
-                  runs, scenes, tables)
+from data import (bench, commands, curves, evaluation, images, lotka_volterra, rendering, runs,
+                  scenes, tables)
+from data.testing import (SPLITS, ball_views, check_damaged, close, noisy, opposite_cameras, photos,
+                          rand, refused, write_layout)
 from tinyinr import ModelConfig, TrainConfig, build, make_config
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent
 PARITY = ROOT / "data" / "parity"
-DEVICE, DAMAGED = os.environ.get("DEVICE", "cpu"), int(os.environ.get("DAMAGED", 40))
-TASKS, MODELS, SPLITS = ("image", "nvs", "gp"), ("transinr", "vnp"), ("train", "val", "test")
+DEVICE = os.environ.get("DEVICE", "cpu")
+TASKS, MODELS = ("image", "nvs", "gp"), ("transinr", "vnp")
 CELLS = [*product(TASKS, MODELS)]
 GRID = {"image": 8, "nvs": 6, "gp": 48}  # of the tiny models: a factor of 2, 2 and 1
 every_task = pytest.mark.parametrize("task", TASKS)
@@ -83,10 +70,6 @@ def tiny(task, model, grid=True, fresh=False, **given) -> torch.nn.Module:
     return model
 
 
-def rand(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def poses(*shape, seed=0):
     """Cameras on the sphere of radius 4, looking at the origin: (*shape, 3, 4)."""
     eyes = F.normalize(rand(*shape, 3, seed=seed) - 0.5, dim=-1) * 4
@@ -108,8 +91,10 @@ def signals(task, batch=3, targets=7, size=16):
     return context, {"rays_o": o, "rays_d": d}
 
 
-def close(got, want, tol=1e-5):
-    torch.testing.assert_close(got, want, atol=tol, rtol=tol)
+def picture_rays(pose, focal, side):
+    """A query of all pixels of a picture (side, side)."""
+    o, d = tinyinr.camera_rays(pose, focal, side, side)
+    return {"rays_o": o.reshape(1, -1, 3), "rays_d": d.reshape(1, -1, 3)}
 
 
 def run(*args, code=0, program=tinyinr.cli):
@@ -120,12 +105,6 @@ def run(*args, code=0, program=tinyinr.cli):
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result.output
-
-
-def refused(words, call, *args, **given):
-    """The call ends in a ValueError with these words."""
-    with pytest.raises(ValueError, match=words):
-        call(*args, **given)
 
 
 @pytest.fixture(autouse=True)
@@ -722,9 +701,9 @@ def test_dependencies_point_upward():
         n.module for n in body if isinstance(n, ast.ImportFrom)}
     assert not {"data", "click", "numpy"} & {n.split(".")[0] for n in imports(sections[0].body)}
     for reader in ("images", "scenes", "curves", "tables", "pictures", "runs", "meshrender",
-                   "onnx_graph"):
-        assert "tinyinr" not in imports(
-            ast.walk(ast.parse((ROOT / "data" / f"{reader}.py").read_text())))
+                   "onnx_graph", "testing", "test_readers"):
+        tree = ast.parse((ROOT / "data" / f"{reader}.py").read_text())
+        assert not {"tinyinr", "export"} & imports(ast.walk(tree))
 
 
 def test_an_official_prior_averages_seeded_random_rays():
@@ -735,31 +714,6 @@ def test_an_official_prior_averages_seeded_random_rays():
 
 
 # ------------------------------------------------------------------------- batches
-
-
-def noisy(height, width, seed=0):
-    """A picture of random pixels."""
-    return Image.fromarray((rand(height, width, 3, seed=seed) * 256).byte().numpy())
-
-
-def decode(data, *args):
-    """A picture's pixels, (H, W, 3) uint8, as they are or resized."""
-    image = images.load_picture(data)
-    return images.resized(image, *args) if args else np.array(image)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def photos(folder, count=4, size=24):
-    """A folder of smooth pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        noisy(3, 3, i).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
-    return folder
 
 
 def configs(task, model, **given):
@@ -922,6 +876,11 @@ def logged(out):
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def saved(out):
+    """The checkpoint of a run."""
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
 def wait_for_step(step, out, process):
     """Until a running process has logged a step beyond this one."""
     end = time.monotonic() + 60
@@ -948,7 +907,7 @@ def test_one_process_leaves_the_same_file_again_and_two_learn_it(task, name, pie
     assert (one / "ckpt.pt").read_bytes() == (tmp_path / "again/ckpt.pt").read_bytes()
     args += ("--set", f"grad_accum_steps={pieces}", "--out", two)
     together = finish(start(*args, processes=2))
-    a, b = (torch.load(p / "ckpt.pt", weights_only=True) for p in (one, two))
+    a, b = saved(one), saved(two)
     assert a["step"] == b["step"] == 20
     for key, value in a["model"].items():
         keep = slice(SIZES["dim"] * key.endswith("kv.bias"), None)  # a bias of all keys cancels
@@ -1107,7 +1066,7 @@ def test_training_leaves_checkpoint_log_and_picture_and_resumes_by_its_folder(tr
     assert {"loss", "psnr", "lr", "ms", "signals_per_s", "elapsed"} <= set(rows[-1])
     shutil.copytree(trained.out, tmp_path / "run")
     run("train", "--resume", "--out", tmp_path / "run", "--steps", 8)
-    ckpt = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    ckpt = saved(tmp_path / "run")
     assert ckpt["step"] == ckpt["recipe"]["steps"] == 8 and ckpt["data"] == str(trained.data)
 
 
@@ -1172,7 +1131,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(t
     wait_for_step(0, out, process)
     process.send_signal(signal.SIGTERM)
     *_, words, command = finish(process).splitlines()
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    step = saved(out)["step"]
     assert words == f"SIGTERM: saved step {step}; go on with"
     python, program, *args = shlex.split(command)  # the command that was printed does go on
     assert (python, Path(program)) == ("python", ROOT / "tinyinr.py")
@@ -1180,7 +1139,7 @@ def test_sigterm_saves_and_says_how_to_go_on_and_a_kill_leaves_that_checkpoint(t
     wait_for_step(step, out, process)
     process.kill()
     process.communicate()
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step
+    assert saved(out)["step"] == step
     runs.truncate_log(out / "log.jsonl", step)  # as the next run does
     assert logged(out)[-1]["step"] == step
 
@@ -1191,7 +1150,7 @@ def test_a_signal_before_the_first_step_saves_as_well(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT), prepare(*args))[1])
     output = run(*train_args("image", "transinr", tmp_path, "--steps", 5, "--out", tmp_path / "r"))
     assert "SIGINT: saved step 0; go on with" in output
-    assert torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"] == 0
+    assert saved(tmp_path / "r")["step"] == 0
 
 
 @every_cell
@@ -1243,76 +1202,14 @@ def test_optimization_equals_a_plain_adam_loop():
 # ------------------------------------------------------------------------- hostile input
 
 
-NUMBERS = (b"1e400", b"-1", b"0", b"1e308", b"NaN", b"9" * 400, b"[[[[", b"null", b'"a"')
-
-
-def damaged(data: bytes, rng) -> bytes:
-    """A file with some of its bytes changed, and its numbers replaced by absurd ones."""
-    for _ in range(rng.randint(1, 6)):
-        at, n = rng.randint(0, len(data)), rng.randint(1, 8)
-        numbers = [m.span() for m in re.finditer(rb"-?\d[\d.e+-]*", data)] or [(at, at)]
-        (start, end), new = rng.choice((
-            ((at, at + n), rng.randbytes(n)), ((at, at), rng.randbytes(n)),
-            ((at, at + 9 * n), b""), ((at, len(data)), b""),
-            (rng.choice(numbers), rng.choice(NUMBERS))))
-        data = data[:start] + new + data[end:]
-    return data
-
-
-HOSTILE = [  # kinds of files, or layout:file of a scene
-    "checkpoint", "official checkpoint", "picture", "zip", "table", "learnit:transforms.json",
-    "zero123:002.npy", "srn:pose/000001.txt", "srn:intrinsics.txt",
-    *(f"colmap {kind}:sparse/0/{name}.{kind}" for kind, name in product(
-        ("txt", "bin"), ("images", "cameras")))]
-
-
-def hostile(kind, folder):
-    """Good files of a kind, where to put a damaged one, and a function that reads it."""
-    path, (layout, _, marker) = folder / "input", kind.partition(":")
-    if "checkpoint" in kind:
-        for i, cell in enumerate(CELLS):
-            tinyinr.save(tiny(*cell), folder / f"{i}.pt")
-        files = [p for p in PARITY.glob("*.pth") if p.stat().st_size < 10**6]
-        files = sorted(files if "official" in kind else folder.glob("*.pt"))
-        return [p.read_bytes() for p in files], path, lambda: [tinyinr.load(path).freqs]
-    if kind == "picture":
-        suffixes = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-        good = [encoded(noisy(12, 20), f) for f in suffixes]
-        return good, path, lambda: images.read_photo(path, 16)[:1]
-    if kind == "zip":
-        photos(folder / "set" / "train", 2), photos(folder / "set" / "test", 1)
-        good = Path(shutil.make_archive(folder / "set", "zip", folder / "set")).read_bytes()
-        return [good], path, lambda: images.ImageSet(path, "test", 16)[0, 0][:1]
-    if kind == "table":
-        good = [text.encode(encoding) for text, *_ in TABLES for encoding in ("utf-8", "utf-16")]
-        return good, path, lambda: tables.read_table(path, "all")[:2]
-    write_layout(folder / "scene", layout, opposite_cameras(), BLANK)
-    tree, path = images.Tree(folder / "scene"), folder / "scene" / marker
-    return [path.read_bytes()], path, lambda: scenes.read_scene(tree, "", 8)[:3]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", ("checkpoint", "official checkpoint"))
 def test_damaged_files_are_read_or_refused(kind, tmp_path):
-    """Whatever the bytes: a result of finite numbers, or a ValueError or OSError with words, soon,
-    and no file."""
-    (good, file, read), rng, refused = hostile(kind, tmp_path), random.Random(kind), 0
-    for data in good:
-        file.write_bytes(data)
-        read()
-    before = sorted(tmp_path.rglob("*"))
-    for _ in range(DAMAGED):
-        file.write_bytes(damaged(rng.choice(good), rng))
-        start = time.monotonic()
-        try:
-            for values in read():
-                assert len(values) and values.isfinite().all()
-        except (ValueError, OSError) as e:
-            assert str(e)
-            refused += 1
-        assert time.monotonic() - start < 20
-    assert refused and sorted(tmp_path.rglob("*")) == before
-    print(kind, DAMAGED, "inputs,", refused, "refused")
+    for i, cell in enumerate(CELLS):
+        tinyinr.save(tiny(*cell), tmp_path / f"{i}.pt")
+    files = [p for p in PARITY.glob("*.pth") if p.stat().st_size < 10**6]
+    files = sorted(files if "official" in kind else tmp_path.glob("*.pt"))
+    good, file = [p.read_bytes() for p in files], tmp_path / "input"
+    check_damaged(kind, tmp_path, good, file, lambda: [tinyinr.load(file).freqs])
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1381,9 +1278,9 @@ def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
     views = scenes.read_scene(*scenes.find_scene(scene), side)
     code = model.encode(rendering.scene_context(model, views))
     for i, (pose, focal) in enumerate(zip(views.poses, views.focals * 8 / side)):
-        o, d = (v.flatten(0, 1)[None] for v in tinyinr.camera_rays(pose, focal, 8, 8))
-        z = model.latents(code, {"rays_o": o, "rays_d": d})[0] if z is None else z  # for all views
-        want = model.decode(code, {"rays_o": o, "rays_d": d}, z=z).mean
+        query = picture_rays(pose, focal, 8)
+        z = model.latents(code, query)[0] if z is None else z  # for all views
+        want = model.decode(code, query, z=z).mean
         check_picture(tmp_path / f"views/{i:03}.png", want.view(8, 8, 3))
     run("render", ckpt, tmp_path / "views/000.png", "-o", tmp_path / "t.gif", "--size", 4)
     assert Image.open(tmp_path / "t.gif").n_frames == 36
@@ -1483,7 +1380,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
     for name, change in (("bad", dict(optimizers=7)), ("worse", dict(config=[1])),
                          ("old", dict(format=1))):
         Path(name).mkdir()
-        torch.save(torch.load(ckpt, weights_only=True) | change, f"{name}/ckpt.pt")
+        torch.save(saved(out) | change, f"{name}/ckpt.pt")
     before, contents = sorted(tmp_path.rglob("*")), [p.read_bytes() for p in (ckpt, photo)]
     whole, resume = shlex.join(map(str, trained.args)), "train --resume --out"
     train, gp = f"{whole} --out o", ROOT / "data/pretrained/gp-vnp.pt"
@@ -1549,7 +1446,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     for program, args in lines:
         args = [quick.get(word, word) for word in args] + extra(*args[:2])
         if program == "export" and "--serve" not in args:
-            run_export(*args)
+            run(*args, program=export.main)
         elif program == "tinyinr" and "transinr-celeba" not in args:
             run(*args)
     assert {args[0] for program, args in lines if program == "tinyinr"} == set(tinyinr.cli.commands)
@@ -1607,1159 +1504,7 @@ def test_the_tables_of_the_readme_are_whole_and_hold_the_stored_scores():
         assert [f"{label}, {size} x {size}", *values] in [row[:3] for row in rows]
 
 
-# ------------------------------------------------------------------------- export
-
-
-EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
-    "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
-    "image-vnp": (dict(task="image", model="vnp", masked=True, merge=2), []),
-    "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
-    "nvs-vnp": (dict(task="nvs", model="vnp"), ["--opset", "18"]),
-    "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
-    "gp-transinr": (dict(task="gp", model="transinr"), []),
-    "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
-    "gp-transinr-two": (dict(task="gp", model="transinr", n_values=2), []),
-    "gp-vnp-fused": (dict(task="gp", model="vnp"), ["--fused"]),
-    "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
-    "nvs-vnp-half": (dict(task="nvs", model="vnp", dim=64),
-                     ["--fp16", "--static", "batch=1,queries=50,views=2"])}
-
-
-run_export = functools.partial(run, program=export.main)
-
-
-def export_one(folder, name):
-    """One of EXPORTS, in a process of its own: what it printed."""
-    source, options = EXPORTS[name]
-    if isinstance(source, dict):
-        model = tiny(**source)
-        if (source["task"], source["model"]) == ("nvs", "vnp"):  # so that it is not all but empty
-            model.head[-1].bias.data[3] += 0.3
-        tinyinr.save(model, folder / f"{name}.pt")
-    else:
-        shutil.copy(source, folder / f"{name}.pt")
-    return name, run_export(folder / f"{name}.pt", *options)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def exporting(request, tmp_path_factory):
-    """Exports take a minute: a second process does them beside the tests that come before."""
-    needed = any("exported" in item.fixturenames for item in request.session.items)
-    folder, names = tmp_path_factory.mktemp("onnx"), list(EXPORTS) * needed
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield folder, pool.map(export_one, [folder] * len(names), names)
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="session")
-def exported(exporting):
-    """The folder of EXPORTS, what each of them printed, and its model by name."""
-    folder, outputs = exporting
-    return SimpleNamespace(folder=folder, printed=dict(outputs),
-                           model=lambda name: tinyinr.load(folder / f"{name}.pt"))
-
-
-def run_onnx(path, feed) -> dict:
-    """Name -> tensor of what a file, or its bytes, makes of the tensors it asks for."""
-    graph = ort.InferenceSession(path)
-    values = graph.run(None, {i.name: feed[i.name].numpy() for i in graph.get_inputs()})
-    return {o.name: torch.from_numpy(v) for o, v in zip(graph.get_outputs(), values)}
-
-
-def run_both(stem, context, query) -> tuple[dict, dict]:
-    """The code that an export's encoder makes of a context, and what its decoder makes of both."""
-    code = run_onnx(f"{stem}.encoder.onnx", context)
-    return code, run_onnx(f"{stem}.decoder.onnx", code | query)
-
-
-def problem(model, batch, targets):
-    """Context and query, with the noise of a VNP as "eps", of sizes that no export saw."""
-    graph, p = export.Graph(model, "fused", {}), model.cfg.patch
-    given = graph.draw(9, batch=batch, queries=targets, points=9, views=2, height=3 * p,
-                       width=7 * p + 1)
-    query = {name.removeprefix("query_"): given.pop(name) for name in graph.query}
-    if "near" in query:  # within what a grid reaches
-        query |= {"near": 2.5 + rand(batch, seed=4), "far": 4 + rand(batch, seed=5)}
-    return given, query
-
-
-def decoded(model, context, query) -> dict:
-    """What PyTorch makes of a problem, by name."""
-    prediction = model.decode(model.encode(context), query, eps=query.get("eps"))
-    return {k: v for k, v in prediction._asdict().items() if v is not None}
-
-
-@pytest.mark.parametrize("name", [k for k in EXPORTS if "half" not in k])
-def test_exports_agree_with_torch_on_unseen_shapes(exported, name):
-    """With masks, depths and noise of each signal, all of which matter."""
-    stem, model = exported.folder / name, exported.model(name)
-    context, query = problem(model, 5, 15)
-    want = decoded(model, context, query)
-    if name.endswith("fused"):
-        got = run_onnx(f"{stem}.onnx", query | context | {"query_x": query["x"]})
-    else:
-        code, got = run_both(stem, context, query)
-        close(code, model.encode(context), 1e-4)
-    close(got, want, 1e-4)
-    for key in {"mask", "near", "far", "eps"} & {*context, *query}:
-        other = [{k: v * (k != key) for k, v in given.items()} for given in (context, query)]
-        assert (decoded(model, *other)["mean"] - want["mean"]).abs().max() > 1e-3, key
-
-
-def test_dimensions_are_free_but_where_the_architecture_or_static_fixes_them(exported):
-    graph = lambda name: onnx.load(exported.folder / f"{name}.onnx").graph
-    text = lambda shape: " ".join(d.dim_param or str(d.dim_value) for d in shape.dim)
-    shapes = lambda values: {v.name: text(v.type.tensor_type.shape) for v in values}
-    rays = {"rays_o": "batch queries 3", "rays_d": "batch queries 3", "near": "batch",
-            "far": "batch", "eps": "2 batch 1 5", "pool_rays_o": "batch pool 3",
-            "pool_rays_d": "batch pool 3", "pool_weight": "batch pool"}
-    for name, want in {  # learned positions of patches, tokens of a lattice
-            "nvs-transinr.encoder": {"images": "batch views 3 height width",
-                                     "poses": "batch views 3 4", "focals": "batch views 2"},
-            "image-vnp.encoder": {"image": "batch 3 16 16", "mask": "batch 1 16 16"},
-            "nvs-vnp.decoder": {"tokens": "batch 27 32"} | rays,
-            "gp-vnp-fused": {"x": "batch points 1", "y": "batch points 1", "mask": "batch points",
-                             "query_x": "batch queries 1", "eps": "2 batch 1 5"}}.items():
-        assert shapes(graph(name).input) == want
-    assert shapes(graph("gp-vnp-fused").output) == dict.fromkeys(("mean", "std"), "batch queries 1")
-    assert "static: the context has 16 x 16 pixels" in exported.printed["image-vnp"]
-    for body in map(graph, ("nvs-vnp-half.encoder", "nvs-vnp-half.decoder")):
-        named = shapes([*body.input, *body.value_info, *body.output])
-        assert not re.search("[a-z]", " ".join(named.values())), named
-
-
-@pytest.mark.parametrize("name", EXPORTS)
-def test_files_are_single_and_described_and_hold_no_traces(exported, name):
-    opset, folder = 18 if "18" in EXPORTS[name][1] else 20, exported.folder
-    about = json.loads((folder / f"{name}.json").read_text())
-    files = about.pop("files")
-    assert {e["file"] for e in files.values()} == {p.name for p in folder.glob(f"{name}.*onnx*")}
-    for part, entry in files.items():
-        data = (folder / entry["file"]).read_bytes()
-        proto = onnx.load_from_string(data)
-        onnx.checker.check_model(proto, full_check=True)
-        assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
-        assert proto.ir_version == {18: 8, 20: 9}[opset]  # or older runtimes refuse the file
-        body = proto.graph
-        equal = [(t.data_type, *t.dims, onnx.numpy_helper.to_array(t).tobytes())
-                 for t in body.initializer]
-        assert len(set(equal)) == len(equal)  # each is stored once
-        made = {k for node in body.node if node.op_type != "Cast" for k in node.output if k}
-        assert made <= {v.name for v in (*body.value_info, *body.output)}  # typed
-        assert not re.search(rf"site-packages|\.py|/tmp|{ROOT}|stack_trace".encode(), data)
-        assert entry["error"] <= 1e-4 and entry["bytes"] == len(data)
-        sides = {"inputs": body.input, "outputs": body.output}
-        assert all([*entry[side]] == [v.name for v in sides[side]] for side in sides)
-        told = about | {"part": part} | {side: entry[side] for side in sides}
-        assert {p.key: p.value for p in proto.metadata_props} == {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
-    assert ModelConfig(**about["config"]) == exported.model(name).cfg
-    digest = hashlib.sha256((folder / f"{name}.pt").read_bytes()).hexdigest()
-    assert about["checkpoint_sha256"] == digest
-
-
-def test_angles_of_sines_and_cosines_are_reduced(exported):
-    """To [-pi, pi], where every GPU knows them: seen at extra outputs of the decoder."""
-    stem = exported.folder / "image-transinr"
-    proto = onnx.load(f"{stem}.decoder.onnx")
-    angles = {n.input[0] for n in proto.graph.node if n.op_type in ("Sin", "Cos")}
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(k, 1, None) for k in angles)
-    context, query = problem(exported.model(stem.name), 2, 50)
-    query["coords"][0, 0] = -2.0  # further out than any pixel
-    values = run_onnx(proto.SerializeToString(), run_onnx(f"{stem}.encoder.onnx", context) | query)
-    assert angles and all(3 < values[k].abs().max() < 3.1417 for k in angles)
-
-
-def test_inputs_of_different_batches_are_refused_by_name(exported):
-    stem = exported.folder / "nvs-transinr"
-    context, query = problem(exported.model(stem.name), 2, 5)
-    code, _ = run_both(stem, context, query)
-    first = lambda x: {k: v[:1] for k, v in x.items()}
-    for feed in (first(code) | query, code | first(query)):
-        with pytest.raises(Exception, match="the batch of rays_[od] must be that of wb0"):
-            run_onnx(f"{stem}.decoder.onnx", feed)
-
-
-@pytest.mark.parametrize("name, batch, part", [
-    ("image-transinr-half", 2, "encoder"), ("nvs-vnp-half", 1, "decoder")])
-def test_half_precision_is_stored_for_the_matrices_of_the_model(exported, name, batch, part):
-    """All but the INR of a TransINR; computed in fp32, and hardly another picture."""
-    stem, model = exported.folder / name, exported.model(name)
-    half = lambda part: [t.name for t in onnx.load(f"{stem}.{part}.onnx").graph.initializer
-                         if t.data_type == onnx.TensorProto.FLOAT16]
-    assert len(half(part)) >= 4 * model.cfg.depth and (part == "decoder" or not half("decoder"))
-    assert not any("base" in k or "pos" in k for k in half(part))
-    context, query = problem(model, batch, 50)
-    got, want = run_both(stem, context, query)[1]["mean"], decoded(model, context, query)["mean"]
-    assert (got != want).any() and tinyinr.psnr(got, want, clamp=False).min() > 60
-    note = json.loads(Path(f"{stem}.json").read_text())["notes"][-1]
-    rounded, exact = map(float, re.findall(r"\d+\.\d+", note))
-    assert note in exported.printed[name] and abs(rounded - exact) < 0.1
-
-
-def test_a_folder_becomes_the_same_bytes_again_and_a_table(tmp_path, exported):
-    (source := tmp_path / "models").mkdir()
-    shutil.copy(exported.folder / "gp-transinr.pt", source / "a.pt")
-    output = run_export("--all", source, "-o", tmp_path / "out")
-    table = re.findall(r"^a\.(\w+)\.onnx +([\d.]+) +([\d.e-]+)$", output, re.M)
-    assert [row[0] for row in table] == ["encoder", "decoder"]
-    for part, size, error in table:
-        data = (tmp_path / f"out/a.{part}.onnx").read_bytes()
-        assert data == (exported.folder / f"gp-transinr.{part}.onnx").read_bytes()
-        assert float(size) == pytest.approx(len(data) / 1e6, abs=0.01) and 0 < float(error) < 1e-5
-    shutil.copy(source / "a.pt", source / "a.pth")
-    assert "exported to the same files" in run_export("--all", source, "-o", tmp_path, code=2)
-
-
-@pytest.fixture
-def lowered(monkeypatch, exported):
-    """Lowering takes seconds: an export of image-transinr from a graph that was lowered before."""
-    load = lambda graph, opset: onnx.load(exported.folder / f"image-transinr.{graph.part}.onnx")
-    monkeypatch.setattr(export, "lower", load)
-    return lambda out, code=0: run_export(
-        EXPORTS["image-transinr"][0], "-o", out, "--opset", "18", code=code)
-
-
-def test_neither_a_file_that_is_off_nor_one_on_a_full_disk_is_kept(tmp_path, monkeypatch, lowered):
-    """One weight of a lowered graph is changed by 1 %."""
-    lower = export.lower
-
-    def spoiled(graph, opset):
-        proto = lower(graph, opset)
-        for tensor in proto.graph.initializer:
-            if tensor.name.endswith("transformer.0.ff2.bias"):
-                tensor.raw_data = (np.frombuffer(tensor.raw_data, "f4") * 1.01).tobytes()
-        return proto
-
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "lower", spoiled)
-        output = lowered(tmp_path / "a", 1)
-    assert re.search(r"Error: the encoder is off PyTorch by .*: nothing was written\n$", output)
-    monkeypatch.setattr(onnx, "save_model", lambda proto, path, **_: full_disk(
-        path, proto.SerializeToString()))
-    assert lowered(tmp_path / "a", 2).endswith("Error: [Errno 28] No space left on device\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_onnxruntime_and_with_large_weights_in_a_second_file(
-        tmp_path, monkeypatch, lowered, exported):
-    """The reference evaluator verifies; the file gives the same numbers."""
-    monkeypatch.setattr(export, "ONE_FILE", 10_000)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "onnxruntime", None)
-        output = lowered(tmp_path / "a.onnx")
-    assert "reference" in output and "optimised" not in output
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "a.encoder.onnx", "a.encoder.onnx.data", "a.decoder.onnx", "a.json"}
-    entry = json.loads((tmp_path / "a.json").read_text())["files"]["encoder"]
-    assert entry["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("a.encoder.onnx*"))
-    context = {"image": rand(2, 3, 22, 22)}
-    close(*(run_onnx(f"{stem}.encoder.onnx", context) for stem in (
-        tmp_path / "a", exported.folder / "image-transinr")), 0)
-
-
-@pytest.mark.parametrize("options, reason", [
-    ("--opset 17", "opset='17' is unknown; choose from 18, 20"),
-    ("-o absent/a", "absent: no such folder"),
-    ("--static rays=8", "dimension of --static='rays' is unknown; choose from batch"),
-    ("--static batch=0", "--static batch=0 must be a whole number from 1 on"),
-    ("--all .", "give one of CKPT, --all FOLDER and --serve FOLDER"),
-    ("--port 9000", "--port 9000 is for --serve; give both or leave out --port"),
-    ("--page --fused", "--page needs free dimensions: leave out --fused and --static"),
-    ("--page --static views=2", "--page needs free dimensions"), ("--ort .", "--ort is for --page"),
-    ("-o scores", "scores.json: is there and no export wrote it")])
-def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, options, reason):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(PARITY / "vnp_1.pth", "a.pt")
-    Path("scores.json").write_text('{"psnr": 20}')
-    output = run_export("a.pt", *options.split(), code=2)
-    assert output.startswith(f"Error: {reason}") and output.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "scores.json"}
-    assert Path("scores.json").read_text() == '{"psnr": 20}'
-
-
-# ------------------------------------------------------------------------- examples without torch
-
-
-def run_example(name, *args):
-    """A script of data/examples in a process where neither torch nor tinyinr can be imported."""
-    code = ("import runpy, sys\nsys.modules |= dict.fromkeys(('torch', 'tinyinr', 'export'))\n"
-            "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
-    script = ROOT / "data" / "examples" / name
-    subprocess.run([sys.executable, "-c", code, script, *map(str, args)], check=True)
-
-
-@pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
-def test_example_renders_a_photo_at_any_size(tmp_path, exported, name):
-    """As `render` does: the whole photo is encoded, one side enlarged, and keeps its shape."""
-    model, photo, out = exported.model(name), tmp_path / "a.png", tmp_path / "out.png"
-    side = model.cfg.image_size - 3
-    pixels = (rand(2 * side, side, 4) * 255).byte()
-    Image.fromarray(pixels.numpy()).save(photo)
-    run_example("onnx_photo.py", exported.folder / name, photo, 40, out)
-    code = model.encode(rendering.read_context(model, photo)[0])
-    truth = rendering.render_image(model, code, 40, 20)
-    check_picture(out, torch.from_numpy(truth) / 255, 1)
-    assert truth.std() > 3
-
-
-@pytest.mark.parametrize("name", ["nvs-transinr", "nvs-vnp"])
-def test_example_renders_a_new_view(tmp_path, exported, name):
-    """The view from 180 degrees further round is that of a camera behind the object."""
-    model = exported.model(name)
-    side = model.cfg.image_size
-    scene = balls(tmp_path, "a", size=side) / "balls/a"
-    run_example("onnx_view.py", exported.folder / name, scene, 180, tmp_path / "out.png")
-    views = scenes.read_scene(images.Tree(scene), "", side)
-    behind = torch.diag(torch.tensor([-1.0, -1, 1])) @ views.poses[0]
-    o, d = (v.flatten(0, 1)[None] for v in tinyinr.camera_rays(behind, views.focals[0], side, side))
-    code = model.encode(rendering.scene_context(model, views))
-    truth = model.decode(code, {"rays_o": o, "rays_d": d}).mean.view(side, side, 3)
-    check_picture(tmp_path / "out.png", truth, 1)
-    assert truth.std() > 0.01
-
-
-@pytest.mark.parametrize("name, tol", [("gp-transinr", 1e-4), ("gp-vnp", 0.01)])
-def test_example_predicts_a_curve_with_its_band_and_plots_it(tmp_path, exported, name, tol):
-    """Of a VNP from 32 random draws: they are near what many give."""
-    stem, table, out = exported.folder / name, tmp_path / "points.csv", tmp_path / "out.png"
-    points = np.array([[-1.5, 0.3], [-0.2, -0.6], [0.4, 0.1], [1.9, 0.8]])
-    np.savetxt(table, points, delimiter=",", header="x,y", comments="")
-    run_example("onnx_bands.py", stem, table, out)
-    assert Image.open(out).size == (480, 320)
-    script = runpy.run_path(ROOT / "data/examples/onnx_bands.py")
-    np.random.seed(0)
-    encoder, decoder = (ort.InferenceSession(f"{stem}.{p}.onnx") for p in ("encoder", "decoder"))
-    grid = torch.linspace(-2, 2, 50)[None, :, None]
-    code = script["encode"](encoder, *script["read_points"](table))
-    x, y, _ = curves.standardise(*torch.tensor(points).float().T[:, None, :, None])
-    draws = evaluation.sample_curves(exported.model(name), {"x": x, "y": y}, grid, 500,
-                                     tinyinr.generator(0))
-    got = script["decode"](decoder, code, grid.numpy())
-    for values, want in zip(got, evaluation.mixture(draws), strict=True):
-        close(torch.from_numpy(values), want.flatten(), tol)
-
-
-# ------------------------------------------------------------------------- the page in a browser
-
-
-class Browser:
-    """Headless Chromium, driven by its remote debugging protocol over two pipes."""
-
-    def __init__(self, program, folder):
-        (self.answers, out), (into, self.commands) = os.pipe(), os.pipe()
-        command = [program, "--headless=new", "--no-sandbox", "--disable-gpu",
-                   "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$0" "$@" 3<&{into} 4>&{out}', *command], pass_fds=(into, out),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(into), os.close(out)
-        self.count, self.received, self.where = 0, self.messages(), {}
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        attached = self("Target.attachToTarget", targetId=target, flatten=True)
-        self.where = {"sessionId": attached["sessionId"]}
-
-    def __call__(self, method, **params) -> dict:
-        """Send a command and wait for its result."""
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params} | self.where
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        answer = next(m for m in self.received if m.get("id") == self.count)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def messages(self):
-        """What the browser writes, until it ends."""
-        rest = b""
-        while got := os.read(self.answers, 1 << 20):
-            *texts, rest = (rest + got).split(b"\0")
-            yield from map(json.loads, texts)
-
-    def js(self, code):
-        answer = self("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def settle(self, change=None, seconds=120) -> str:
-        """Make a change to the page and wait for what comes of it: its line of status."""
-        if change:
-            self.js(f"delete document.body.dataset.state, {change}, 0")
-        end = time.monotonic() + seconds
-        while not self.js("/done|failed/.test(document.body?.dataset.state)"):
-            assert time.monotonic() < end, self.js("document.body.innerText")
-            time.sleep(0.05)
-        return self.js("document.getElementById('status').textContent")
-
-    def open(self, url, width=1000, height=800):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
-             deviceScaleFactor=1, mobile=width < 500)
-        self("Page.navigate", url=url)
-        return self.settle()
-
-    def canvas(self, name="view") -> np.ndarray:
-        """The picture (H, W, 3) uint8 of the canvas of this id."""
-        height, width, *values = self.js(
-            "(c => (i => [i.height, i.width, ...i.data])(c.getContext('2d').getImageData("
-            f"0, 0, c.width, c.height)))(document.getElementById('{name}'))")
-        return np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
-
-
-@pytest.fixture(scope="session")
-def ort_web(tmp_path_factory):
-    """The dist folder of onnxruntime-web: that of ORT_WEB, or installed by npm."""
-    if "ORT_WEB" in os.environ:
-        return Path(os.environ["ORT_WEB"])
-    folder, package = tmp_path_factory.mktemp("npm"), f"onnxruntime-web@{page.VERSION}"
-    try:
-        subprocess.run(["npm", "install", "--ignore-scripts", "--prefix", folder, package],
-                       capture_output=True, check=True, timeout=180)
-    except (OSError, subprocess.SubprocessError) as e:
-        pytest.skip(f"npm cannot install {package} ({e}); ORT_WEB may name its dist folder")
-    return folder / "node_modules" / "onnxruntime-web" / "dist"
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not program:
-        pytest.skip("no browser: install Debian's chromium, or name one in CHROMIUM")
-    made = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield made
-    made.process.terminate()
-    made.process.wait()
-
-
-@pytest.fixture(scope="session")
-def served(ort_web, exported):
-    """Address of a server of pages for the exports of image, nvs and gp models."""
-    folder = exported.folder
-    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp", "gp-transinr-two"):
-        cfg = exported.model(name).cfg
-        n, size = cfg.n_views, cfg.image_size
-        data = SimpleNamespace(images=(rand(n, 3, size, size) * 255).byte(), poses=poses(n),
-                               focals=torch.full((n, 2), 1.2 * size))
-        if cfg.task == "image":
-            data = {(0, 0): (data.images[0], None)}
-        page.write(folder / f"{name}.html", cfg, data, ort_web)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}"
-        server.shutdown()
-
-
-choose = "Object.assign(size, {{value: {}}}).onchange()".format
-press = "{}.map(key => view.dispatchEvent(new KeyboardEvent('keydown', {{key}})))".format
-
-
-def drop(path) -> str:
-    """JavaScript that drops a file on the page."""
-    return ("document.dispatchEvent(new DragEvent('drop', {cancelable: true, dataTransfer: (t => "
-            f"(t.items.add(new File([new Uint8Array({[*path.read_bytes()]})], '{path.name}')), t))"
-            "(new DataTransfer())}))")
-
-
-def off(browser, mean) -> float:
-    """How far the canvas is off the values of its pixels, in steps of 1 / 255; 0.5 is rounding."""
-    drawn = browser.canvas()
-    return np.abs(drawn - (mean.view(drawn.shape) * 255).clamp(0, 255).numpy()).max()
-
-
-@pytest.mark.parametrize("name", ["image-transinr", "image-vnp"])
-def test_the_page_draws_a_dropped_photo_as_render_does(tmp_path, exported, served, browser, name):
-    """And shrinks it as Pillow does; a later photo wins, an unreadable one changes nothing."""
-    model, photo, old = exported.model(name), tmp_path / "photo.png", tmp_path / "old.png"
-    noisy(80, 61).save(photo)
-    Image.new("RGB", (3000, 3000), "red").save(old)  # takes longer to read
-    context, shape = rendering.read_context(model, photo)
-    code = model.encode(context)
-    assert "decoded in" in browser.open(f"{served}/{name}.html")
-    browser.settle(f"{drop(old)}, {drop(photo)}")
-    assert (browser.canvas("input") == (255 * context["image"][0]).movedim(0, 2).numpy()).all()
-    for size in (64, 256, 512):
-        browser.settle(choose(size))
-        truth = rendering.render_image(model, code, *(round(n * size / max(shape)) for n in shape))
-        drawn = browser.canvas()
-        assert drawn.shape == truth.shape and truth.std() > 3
-        assert np.abs(np.int64(drawn) - truth).max() <= 1
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert "notes.txt: the browser cannot read it" in browser.settle(drop(tmp_path / "notes.txt"))
-    time.sleep(0.5)
-    assert (browser.canvas() == drawn).all()
-    browser.js("file.onchange({target: {files: [new File(['a'], 'a')]}})")
-    assert browser.js("file.onclick({target: file}), file.value") == ""  # it may be chosen again
-
-
-def test_an_image_on_the_page_is_zoomed_and_moved_by_buttons_keys_and_fingers(
-        exported, served, browser):
-    model = exported.model("image-transinr")
-    browser.open(f"{served}/image-transinr.html", 390, 844)
-    assert browser.js("document.documentElement.scrollWidth") <= 390
-    image = torch.tensor(browser.canvas("input").copy()).movedim(2, 0)[None] / 255
-    code, grid = model.encode({"image": image}), tinyinr.pixel_grid(64, 64)
-    values = lambda coords: tinyinr.predict(model, code, {"coords": coords[None]}).mean
-    browser.settle(choose(64))
-    for change in ("[1, 2, 3].map(() => document.getElementById('in').click())",
-                   f"reset.click(), {press(['+', '=', '+'])}"):
-        browser.settle(change)
-        assert off(browser, values(grid / 8)) <= 1.5
-    browser.settle(press(["ArrowRight", "ArrowUp", "ArrowUp"]))  # by an eighth of the picture each
-    assert off(browser, values(grid / 8 + torch.tensor([-2, 1]) / 32)) <= 1.5
-    browser.settle("reset.click()")
-    box = browser.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
-    for kind, lefts in (("touchStart", (0.4, 0.6)), ("touchMove", (0.2, 0.8)), ("touchEnd", ())):
-        browser("Input.dispatchTouchEvent", type=kind, touchPoints=[
-            {"x": box["x"] + left * box["width"], "y": box["y"] + box["height"] / 2, "id": i}
-            for i, left in enumerate(lefts)])
-    browser.settle("size.onchange()")
-    assert off(browser, values(grid / 3)) <= 2.5  # pixels of the screen are whole
-
-
-def test_the_page_draws_the_view_that_a_scene_was_seen_from(tmp_path, exported, served, browser):
-    """Turns it by keys; and sees a dropped photo as `render` does."""
-    model = exported.model("nvs-transinr")
-    browser.open(f"{served}/nvs-transinr.html")
-    browser.settle(choose(64))
-    size, focals = model.cfg.image_size, torch.full((1, 2), 1.2 * model.cfg.image_size)
-    images = (rand(1, 3, size, size) * 255).byte() / 255
-    code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
-
-    def mean(pose):
-        rays_o, rays_d = tinyinr.camera_rays(pose, focals[0] * 64 / size, 64, 64)
-        query = {"rays_o": rays_o.reshape(1, -1, 3), "rays_d": rays_d.reshape(1, -1, 3)}
-        return tinyinr.predict(model, code, query).mean
-
-    (pose,), turn = poses(1), torch.tensor(0.5)
-    assert off(browser, mean(pose)) <= 1.5
-    browser.settle(press(["ArrowRight", "ArrowRight"]))  # the camera goes to the left
-    c, s, o, i = turn.cos(), turn.sin(), turn * 0, turn * 0 + 1
-    assert off(browser, mean(torch.stack((c, s, o, -s, c, o, o, o, i)).view(3, 3) @ pose)) <= 1.5
-    noisy(50, 31).save(tmp_path / "photo.png")
-    browser.settle(drop(tmp_path / "photo.png"))
-    seen = scenes.photo_scene(tmp_path / "photo.png", size).images[0]
-    assert (browser.canvas("input") == seen.movedim(0, 2).numpy()).all()
-
-
-@pytest.mark.parametrize("name", ("gp-vnp", "gp-transinr-two"))  # of two values, the first
-def test_the_page_draws_a_curve_whose_points_come_and_go_by_clicks_and_keys(
-        exported, served, browser, name):
-    model = exported.model(name)
-    browser.open(f"{served}/{name}.html")
-    before = browser.js("view.values.mean")
-    box = browser.js("view.scrollIntoView(), view.getBoundingClientRect().toJSON()")
-    at = {"x": box["x"] + 0.75 * box["width"], "y": box["y"] + 0.25 * box["height"]}
-    browser.js("delete document.body.dataset.state")
-    for kind in ("mousePressed", "mouseReleased"):
-        browser("Input.dispatchMouseEvent", type=kind, clickCount=1, button="left", **at)
-    browser.settle(press(["+", "-", "+", "ArrowUp", "ArrowUp", "ArrowLeft", "Enter", "-"]))
-    browser.settle("draws.click()")
-    assert browser.js("mean.getBBox().width") > 900  # of 960
-    values = browser.js("view.values")
-    x, y = torch.tensor([[-0.6, 0.7, 1.0, -0.1], [-0.4, 0.9, 1.0, 0.2]]).view(2, 1, 4, 1)
-    context, eps = {"x": x, "y": y}, torch.zeros(1)
-    if name == "gp-transinr-two":
-        context = {"x": x, "y": F.pad(y, (0, 1)), "mask": F.pad(torch.ones_like(y), (0, 1))}
-    else:
-        eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
-        assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
-    code, query = model.encode(context), {"x": torch.linspace(-2, 2, 256)[None, :, None]}
-    draws = [model.decode(code, query, eps=e) for e in eps]
-    want = evaluation.mixture(tinyinr.Prediction(*map(torch.stack, zip(*draws))))
-    close(torch.tensor(values["mean"]), want.mean[0, :, 0], 1e-3)
-    close(torch.tensor(values["band"]), 1.96 * want.std[0, :, 0], 1e-3)
-    assert np.abs(np.array(before) - values["mean"]).max() > 1e-3
-
-
-def test_the_page_says_what_is_missing(exported, served, browser):
-    file = exported.folder / "image-vnp.html"
-    assert "run python export.py --serve" in browser.open(f"file://{file}")
-    for name, text, new, words in (
-            ("lost", "image-vnp", "lost", "lost.json: 404"),
-            ("spoiled", "sha384-....", "sha384-AAAA", "fetch")):  # a hash that is not the runtime's
-        (exported.folder / f"{name}.html").write_text(re.sub(text, new, file.read_text()))
-        assert words in browser.open(f"{served}/{name}.html")
-
-
-# ------------------------------------------------------------------------- readers and drawers
-
-
-def test_folders_and_zips_list_the_same_files_and_none_of_the_systems(tmp_path):
-    root, names = tmp_path / "set", ["a/b.png", "a/c.png", "z.png"]
-    system = [".git/x.png", "__MACOSX/a/._b.png", "a/.DS_Store", "Thumbs.db"]
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z:
-        for name in names + system:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(name.encode())
-            z.writestr("./" + name.replace("/", "\\"), name)
-    for path in (root, tmp_path / "set.zip"):
-        tree = pickle.loads(pickle.dumps(images.Tree(path)))
-        assert [(n, tree.read(n).decode()) for n in tree.names] == [(n, n) for n in names]
-    (root / "near").symlink_to(photos(tmp_path / "far", 1))
-    (root / "loop").symlink_to(root)  # followed, but not without end
-    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png")).touch()
-    assert images.Tree(root).names == [*names[:2], "caf\udce9.png", "near/p0.png", "z.png"]
-    path.write_bytes(path.read_bytes()[:-40])
-    refused("truncated", images.Tree, path)
-
-
-@pytest.mark.parametrize("width, height", [(60, 40), (40, 61)])
-def test_a_centre_crop_is_the_crop_of_the_resized_picture(width, height):
-    photo, x, y = noisy(height, width), (width - 40) // 2, (height - 40) // 2
-    square = photo.crop((x, y, x + 40, y + 40)).resize((20, 20), Image.Resampling.BILINEAR)
-    off = np.int64(decode(encoded(photo), 20)) - np.int64(square)
-    assert np.abs(off[3:-3, 3:-3]).max() <= 1  # at its edge the crop of a resized one sees more
-    assert (decode(encoded(photo), 40, "short") == photo).all()
-
-
-def test_every_mode_and_orientation_is_read_as_upright_rgb_on_white():
-    for mode, color, expected, kind in (
-            ("1", 1, 255, "PNG"), ("L", 90, 90, "PNG"), ("LA", (0, 0), 255, "PNG"),
-            ("RGBA", (0, 0, 0, 128), 127, "PNG"), ("I;16", 50000, 195, "PNG"),
-            ("F", 0.5, 128, "TIFF"), ("CMYK", (0,) * 4, 255, "TIFF"), ("I", 50000, 195, "TIFF"),
-            ("I", -1, 0, "TIFF"),
-            ("LAB", (255, 128, 128), 255, "TIFF")):
-        pixels = decode(encoded(Image.new(mode, (8, 8), color), kind))
-        assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - expected).max() <= 1, mode
-    for depth, kind, row, key, expected in (  # PNGs of one row of two pixels, and a color as none
-            (16, 0, "9C409C41", "9C40", [255, 156]), (4, 0, "70", "0007", [255, 0]),
-            (2, 0, "90", "0002", [255, 85]), (16, 2, "010002000300" + 6 * "00",
-                                              "010002000300", [255, 0])):
-        chunks = (b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)), (
-            b"tRNS", bytes.fromhex(key)), (b"IDAT", zlib.compress(bytes.fromhex("00" + row)))
-        data = b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(v)) + name + v + struct.pack(">I", zlib.crc32(name + v))
-            for name, v in (*chunks, (b"IEND", b"")))
-        assert decode(data)[0].tolist() == [[v] * 3 for v in expected], (depth, kind)
-    turned = decode(encoded(noisy(10, 20), exif=TURNED))
-    assert (turned == np.rot90(noisy(10, 20), -1)).all()
-
-
-def test_odd_pictures_are_read_or_refused_in_words(tmp_path, capsys):
-    """A long text and a missing end do not hinder; too few and too many pixels do."""
-    info, whole = PngImagePlugin.PngInfo(), encoded(noisy(64, 64), "JPEG")
-    info.add_text("note", "x" * 3_000_000, zip=True)
-    assert (decode(encoded(noisy(8, 8), pnginfo=info)) == noisy(8, 8)).all()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
-    cut, shape = images.read_photo(tmp_path / "cut.jpg", 64)
-    assert "cut.jpg ends early" in capsys.readouterr().err and shape == (64, 64)
-    assert (cut.movedim(0, 2)[:24].numpy() == decode(whole)[:24]).all()
-    for size, read, words in (
-            ((7, 5), lambda data: images.load_picture(data, 8), "7 x 5 pixels are fewer than"),
-            ((4, 700_000), lambda data: decode(data, 64), "too long a strip: 64 x 11200000"),
-            ((20000, 20000), decode, "20000 x 20000 pixels|exceeds limit")):
-        refused(words, read, encoded(Image.new("1", size), "TIFF", compression="group4"))
-
-
-def test_pictures_are_split_by_folder_by_celebas_ids_or_by_hash():
-    split = lambda names: [images.split_names(names, s)[0] for s in SPLITS]
-    for folders, sources, n_val in (
-            ("Training validation testing", "Training validation testing", 20),
-            ("train test", "train train test", 2),  # a missing one is a tenth of train
-            ("a/b/train a/b/val", "a/b/train a/b/train a/b/val", 2)):
-        names = [f"{folder}/cat/{i}.png" for folder in folders.split() for i in range(20)]
-        chosen = split(names)
-        assert sorted(sum(chosen, [])) == sorted(names) and len(chosen[1]) == n_val
-        for part, source in zip(chosen, sources.split()):
-            assert all(name.startswith(f"{source}/cat/") for name in part)
-    names = [f"celeba/img_align_celeba/{i:06}.jpg" for i in (
-        1, 162770, 162771, 182637, 182638, 202599)]
-    assert split([*names, "img_align_celeba/note.png"]) == [names[:2], names[2:4], names[4:]]
-    chosen = split([f"{kind}/{i}\udce9.png" for kind in ("train", "car") for i in range(50)])
-    assert [len(set(c)) for c in chosen] == [80, 10, 10]  # here a train is a vehicle
-    assert len(set(sum(chosen, []))) == 100
-
-
-def test_sets_hold_the_decoded_pictures_and_name_what_they_leave_out(tmp_path, capsys):
-    photos(tmp_path / "train", 11), photos(tmp_path / "val", 1)
-    noisy(40, 50).save(tmp_path / "train/p4.png"), noisy(30, 20).save(tmp_path / "train/p5.png")
-    (tmp_path / "train/broken.png").write_bytes(b"no picture")
-    data, out = images.ImageSet(tmp_path, "train", 12, zoom=2), capsys.readouterr().out
-    assert "left out: train/broken.png" in out and "1 of 10 pictures are unreadable" in out
-    assert len(data) == 9 and data.source.startswith("train split of")
-    for name, pixels, native in zip(data.names, data.kept, data.native):
-        file = (tmp_path / name).read_bytes()
-        for got, size in zip(pixels, (12, 24)):
-            assert (got.movedim(0, -1).numpy() == decode(file, size)).all()
-        assert native == (min(decode(file).shape[:2]) >= 24)
-    words = "none of 1 pictures .*24 x 24 pixels are fewer"
-    refused(words, images.ImageSet, tmp_path, "test", 8, least=99)
-
-
-def test_random_crops_are_cut_from_the_native_picture_in_memory_and_by_workers(
-        tmp_path, monkeypatch):
-    for i, size in enumerate([(24, 40)] * 9 + [(6, 9)]):  # the last is enlarged
-        noisy(*size, i).save(tmp_path / f"p{i}.png")
-    data = images.ImageSet(tmp_path, "train", 16, random_crop=True)
-    native = torch.from_numpy(decode((tmp_path / data.names[1]).read_bytes()))
-    windows = native.unfold(0, 16, 1).unfold(1, 16, 1).flatten(0, 1)  # (places, 3, 16, 16)
-    found = {int((windows == data[1, seed][0]).flatten(1).all(1).nonzero()) for seed in range(40)}
-    assert len(found) > 25
-    monkeypatch.setattr(images, "free_memory", lambda: 0.0)
-    disk = pickle.loads(pickle.dumps(images.ImageSet(tmp_path, "train", 16, random_crop=True)))
-    lists, before = [(range(len(data)), 5), ([2, 6, 5], 3)] * 2, torch.get_rng_state()
-    for (a, _), (b, _) in zip(data.batches(lists), disk.batches(lists), strict=True):
-        assert torch.equal(a, b) and a.shape[1:] == (3, 16, 16)
-    assert disk.kept is None and torch.equal(before, torch.get_rng_state())
-    (tmp_path / data.names[3]).unlink()
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds
-    refused(rf"^{data.names[3]} .*restore it$", list, disk.batches([([0, 3], 0)]))
-    gc.collect()  # the workers
-
-
-def test_nearest_filling_takes_a_nearest_seen_pixel():
-    image, share = rand(4, 3, 9, 13), torch.tensor([0.3, 0.05, 1, 0]).view(4, 1, 1, 1)
-    mask = rand(4, 1, 9, 13, seed=1) < share
-    filled = images.nearest_filling(image, mask.float())
-    places = torch.cartesian_prod(torch.arange(9.0), torch.arange(13.0))
-    for i, p in product(range(3), range(9 * 13)):
-        seen, colors = mask[i, 0].flatten(), image[i].flatten(1).mT
-        distances = torch.cdist(places[p : p + 1], places[seen])[0]
-        assert distances[(colors[seen] == filled[i, p]).all(1)][0] == distances.min()
-    assert (filled[3] == 0.5).all()
-
-
-ANGLE = math.radians(49.1)  # zero123's; all layouts take it here
-FLIP = np.diag([1.0, -1, -1, 1])  # OpenGL's axes and OpenCV's
-BLANK = np.zeros((6, 8, 8, 3), np.uint8)
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # left is turned to the top
-
-
-def opposite_cameras(count=6, seed=0):
-    """Camera-to-world OpenGL poses (V, 4, 4) in pairs on opposite sides, 4 from the origin."""
-    eyes = 4 * F.normalize(rand(count // 2, 3, seed=seed).double() - 0.5, dim=-1)
-    pose = torch.stack([tinyinr.look_at(e) for e in (*eyes, *-eyes)])
-    return F.pad(pose, (0, 0, 0, 1)).numpy() + np.diag([0, 0, 0, 1.0])
-
-
-def draw_ball(pose, fx, fy, cx, cy, width, height):
-    """A smooth ball of radius 1 at the origin, (H, W, 3) uint8, by each pixel's ray."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    d = np.stack(((x - cx) / fx, -(y - cy) / fy, -np.ones_like(x)), -1) @ pose[:3, :3].T
-    near = np.linalg.norm(np.cross(pose[:3, 3], d), axis=-1) / np.linalg.norm(d, axis=-1)
-    alpha = (1.2 - near).clip(0, 1)[..., None]
-    return (255 * (alpha * (0.15 * d - 0.5) + 1).clip(0, 1)).round().astype(np.uint8)
-
-
-def ball_views(cameras, size):
-    """What cameras of the field ANGLE see of it, (V, S, S, 3)."""
-    focal = size / 2 / math.tan(ANGLE / 2)
-    return np.stack([draw_ball(p, focal, focal, size / 2, size / 2, size, size) for p in cameras])
-
-
-def write_layout(folder, layout, cameras, views):
-    """A scene in one layout; cameras (V, 4, 4), views (V, S, S, 3) of the field ANGLE."""
-    size = views.shape[1]
-    focal, mid = size / 2 / math.tan(ANGLE / 2), size / 2
-    place = {"blender": "train/r_{}", "colmap txt": "images/im {}", "colmap bin": "images/im {}",
-             "srn": "rgb/{:06d}", "zero123": "{:03d}", "per frame": "r_{}"}
-    files = [place.get(layout, "images/{:04d}").format(i) + ".png" for i in range(len(cameras))]
-    for file, pixels in zip(files, views):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / file, exif=TURNED)  # cameras are of pixels as stored
-    if layout.startswith("colmap"):
-        write_colmap(folder, cameras, [f.split("/")[1] for f in files], focal, size, layout[-3:])
-    elif layout == "srn":
-        (folder / "pose").mkdir()
-        (folder / "intrinsics.txt").write_text(f"{focal} {mid} {mid} 0.\n0 0 0\n1\n{size} {size}")
-        for i, pose in enumerate(cameras):
-            np.savetxt(folder / f"pose/{i:06d}.txt", (pose @ FLIP).reshape(1, 16))
-    elif layout == "zero123":
-        for i, pose in enumerate(cameras):
-            np.save(folder / f"{i:03d}.npy", np.linalg.inv(pose)[:3])
-    else:
-        write_transforms(folder, layout, cameras.tolist(), files, dict(
-            fl_x=focal, fl_y=focal, cx=mid, cy=mid, w=size, h=size))
-
-
-def write_transforms(folder, layout, matrices, files, own):
-    meta, parts = dict(camera_angle_x=ANGLE), {"": slice(None)}
-    if layout == "blender":
-        parts = {"_train": slice(4), "_val": slice(0), "_test": slice(4, None)}
-        files = [f"./{f[:-4]}" for f in files]
-    elif layout == "nerfstudio":  # of pictures twice as large; as of instant-ngp, elsewhere
-        files = [f"/home/a/b/c/{f}".upper() for f in files]
-        meta = {k: 2 * v for k, v in own.items()} | dict(
-            camera_model="OPENCV", k1=0, p1=0.0, camera_angle_x=1, aabb_scale=4, offset=[1, 2, 3])
-    elif layout == "per frame":  # 3 x 4, with backslashes and folders that are none
-        files, matrices = [f"chairs\\x\\{f}" for f in files], [m[:3] for m in matrices]
-        meta = dict(fl_x=1, w=9, camera_angle_x=1)
-    frames = [dict(file_path=f, transform_matrix=m) | (own if layout == "per frame" else {})
-              for f, m in zip(files, matrices)]
-    for end, part in parts.items():
-        (folder / f"transforms{end}.json").write_text(json.dumps(meta | dict(frames=frames[part])))
-
-
-def write_colmap(folder, cameras, names, focal, size, kind):
-    (folder / "sparse/0").mkdir(parents=True)
-    rows, middle = [], (size / 2, size / 2)
-    for i, pose in reversed([*enumerate(cameras)]):  # the files are in no order
-        world = np.linalg.inv(pose @ FLIP)
-        (a, b, c), (d, e, f), (g, h, k) = world[:3, :3]
-        q = np.array((1 + a + e + k, h - f, c - g, d - b))  # w, x, y, z
-        rows.append((i + 1, *q / np.linalg.norm(q), *world[:3, 3], 7, names[i]))
-    if kind == "txt":
-        camera = " ".join(map(str, (7, "SIMPLE_RADIAL", size, size, focal, *middle, 0)))
-        views = "\n".join(" ".join(map(str, row)) + ("\n1.0 2.0 -1" if row[0] % 2 else "\n")
-                          for row in rows)
-        camera, views = (f"# list\n{text}\n".encode() for text in (camera, views))
-    else:
-        camera = struct.pack("<QIiQQ4d", 1, 7, 1, size, size, focal, focal, *middle)
-        views = struct.pack("<Q", len(rows)) + b"".join(
-            struct.pack("<I7dI", *row[:-1]) + row[-1].encode() + b"\0"
-            + struct.pack("<QddqddQ", 2, 1, 2, -1, 3, 4, 5) for row in rows)
-    (folder / f"sparse/0/cameras.{kind}").write_bytes(camera)
-    (folder / f"sparse/0/images.{kind}").write_bytes(views)
-
-
-@pytest.mark.parametrize("layout", ["learnit", "blender", "nerfstudio", "per frame", "colmap txt",
-                                    "colmap bin", "srn", "zero123"])
-def test_one_object_is_the_same_in_every_layout(layout, tmp_path):
-    """Where it conforms, and where it stands elsewhere and is smaller; folder and zip."""
-    cameras, size = opposite_cameras(), 24
-    focal, views, moved = size / 2 / math.tan(ANGLE / 2), ball_views(cameras, size), cameras.copy()
-    moved[:, :3, 3] = 0.3 * cameras[:, :3, 3] + [5, -2, 1]
-    write_layout(tmp_path / "set/still", layout, cameras, views)
-    write_layout(tmp_path / "set/moved", layout, moved, views)
-    packed = shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
-    for root, name in ((tmp_path / "set", "still"), (packed, "moved")):
-        tree = images.Tree(root)
-        assert list(scenes.find_scenes(tree)) == ["moved", "still"]
-        scene = scenes.read_scene(tree, name, size)
-        assert (scene.images.movedim(1, 3).numpy() == views).all()
-        np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
-        np.testing.assert_allclose(scene.focals, focal, atol=1e-4)
-        assert ("recentred on (5, -2, 1)" in scene.note) == (name == "moved"), scene.note
-        if name == "still" and layout in ("learnit", "per frame", "blender"):  # bit for bit
-            assert np.array_equal(scene.poses, cameras[:, :3].astype(np.float32))
-    assert scenes.read_scene(tree, name, 12, max_views=2).images.shape == (2, 3, 12, 12)
-
-
-@pytest.mark.parametrize("kind", ["txt", "bin"])
-@pytest.mark.parametrize("moves, folder", [  # "from to"
-    ("sparse/0/* sparse", ""), ("sparse/0/* .", ""), ("images/* .", ""), ("images/* sparse/0", ""),
-    ("images photos", ""), ("sparse colmap/sparse", ""), ("sparse/0 sparse/distorted", ""),
-    ("sparse/0 colmap_text", ""), ("", "sparse"), ("", "sparse/0")])
-def test_colmaps_folders_may_lie_elsewhere(kind, moves, folder, tmp_path):
-    cameras, (source, to) = opposite_cameras(), (moves or "images images").split()
-    write_layout(tmp_path / "x", f"colmap {kind}", cameras, BLANK + np.arange(6, dtype=np.uint8)[
-        :, None, None, None])
-    for file in list((tmp_path / "x").glob(source)) if moves else ():
-        target = tmp_path / "x" / to / (file.name if "*" in source else "")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(target)
-    scene = scenes.read_scene(*scenes.find_scene(tmp_path / "x" / folder), 8)
-    assert scene.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
-
-
-@pytest.mark.parametrize("change", [
-    lambda text: re.sub(r"\n(1\.0 2\.0 -1)?(?=\n)", "", text),
-    lambda text: text.replace(".png", ""), lambda text: "\ufeff" + text.replace("\n", "\r\n"),
-    lambda text: text.replace(".png", ".jpg")],
-    ids=["no points", "no suffix", "windows", "another suffix"])
-def test_colmaps_text_may_lack_points_and_name_pictures_otherwise(change, tmp_path):
-    write_layout(tmp_path, "colmap txt", opposite_cameras(), BLANK)
-    want, file = scenes.read_scene(images.Tree(tmp_path), "", 8), tmp_path / "sparse/0/images.txt"
-    file.write_bytes(change(file.read_text()).encode())
-    close(scenes.read_scene(images.Tree(tmp_path), "", 8).poses, want.poses, 0)
-
-
-def change_scene(folder, **given):
-    """Other keys in the transforms.json of a scene; frame: in its first frame."""
-    meta = json.loads((folder / "transforms.json").read_text())
-    meta["frames"][0] |= given.pop("frame", {})
-    (folder / "transforms.json").write_text(json.dumps(meta | given))
-
-
-@pytest.mark.parametrize("cx, cy, fx, fy", [(41, 26, 90, 110), (30, 60.5, 70, 70)])
-def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path):
-    """The picture of 80 x 100 becomes what a camera with a centred one would see."""
-    cameras, size = opposite_cameras(), 32
-    moved = cameras + np.pad([[1], [2], [3]], ((0, 1), (3, 0)))  # it is recentred as well
-    views = np.stack([draw_ball(pose, fx, fy, cx, cy, 80, 100) for pose in cameras])
-    write_layout(tmp_path / "a", "nerfstudio", moved, views)
-    change_scene(tmp_path / "a", cx=cx, cy=cy, fl_x=fx, fl_y=fy, w=80, h=100)
-    scene = scenes.read_scene(images.Tree(tmp_path), "a", size)
-    for pose, pixels, (f, g) in zip(cameras, scene.images, scene.focals.numpy()):
-        want = draw_ball(pose, f, g, size / 2, size / 2, size, size)
-        assert np.abs(pixels.movedim(0, 2).numpy() - np.float64(want)).mean() < 1.5
-    np.testing.assert_allclose(scene.poses, cameras[:, :3], atol=1e-4)
-    file = tmp_path / "a/transforms.json"
-    torch.testing.assert_close(scenes.read_cameras(file, size, scene), (scene.poses, scene.focals))
-    np.testing.assert_allclose(scenes.read_cameras(file, size)[0], moved[:, :3], atol=1e-6)
-
-
-@pytest.mark.parametrize("words, given", [
-    ("wide", dict(camera_angle_x="wide")), ("must be in", dict(camera_angle_x=4)),
-    ("no views", dict(frames=[])), ("malformed.*frames of file_path", dict(frames=3)),
-    ("no pinhole.*undistort", dict(frame=dict(p2=-0.1))),
-    ("OPENCV_FISHEYE.*undistort", dict(camera_model="OPENCV_FISHEYE")),
-    ("global shutter", dict(rolling_shutter=[0, 0, 1, 0])),
-    ("global shutter", dict(frame=dict(rolling_shutter_time=0.01))),
-    ("gone.png.*absent.*remove", dict(frame=dict(file_path="gone.png"))),
-    ("not a rotation", dict(frame=dict(transform_matrix=np.diag([2, 2, 2, 2]).tolist()))),
-    ("shape", dict(frame=dict(transform_matrix=[[1, 2], [3, 4]]))),
-    ("nowhere", dict(frame=dict(transform_matrix=[4 * [math.nan]] * 4))),
-    ("above 0", dict(fl_x=-3.0, w=8, h=8)), ("principal point", dict(fl_x=9.0, h=8, cx=9.0)),
-    ("8 x 8 pixels, but its camera has 8 x 16", dict(fl_x=9.0, w=8, h=16)),
-    ("do not face a common point", {})])
-def test_a_scene_that_cannot_be_used_is_refused_in_words(words, given, tmp_path):
-    cameras = opposite_cameras() @ (np.eye(4) if given else FLIP)
-    write_layout(tmp_path / "scene", "learnit", cameras, BLANK)
-    change_scene(tmp_path / "scene", **given)
-    refused(f"scene/.*{words}", scenes.read_scene, images.Tree(tmp_path), "scene", 8)
-
-
-def many_scenes(root, names, layout="learnit"):
-    for i, name in enumerate(names):
-        write_layout(root / name, layout, opposite_cameras(4, i), BLANK[:4])
-    return root
-
-
-def split_scenes(root):
-    """{split: names of its scenes}."""
-    return {s: set(scenes.SceneSet(root, s, 8).names) for s in SPLITS}
-
-
-def test_scenes_are_split_by_folder_by_hash_or_by_a_file_of_their_class(tmp_path):
-    """Ids that two classes share are not mixed; a class alone finds the file beside it."""
-    many_scenes(tmp_path, [f"{c}/{i}" for c in ("cars", "boxes") for i in "abcdefghijkl"])
-    for name, train, test in (("car", "abcdefghijkx", "l"), ("box", "bcdefghijkl", "a")):
-        split = dict(train=list(train), val=[], test=list(test))
-        (tmp_path / f"{name}_splits.json").write_text(json.dumps(split))
-    names, data = split_scenes(tmp_path), scenes.SceneSet(tmp_path, "train", 8)
-    assert names["test"] == {"cars/l", "boxes/a"} and len(names["val"]) == 4
-    assert len(set.union(*names.values())) == 24 == sum(map(len, names.values()))
-    for split, alone in split_scenes(tmp_path / "cars").items():
-        assert {f"cars/{name}" for name in alone} == {n for n in names[split] if n[0] == "c"}
-    assert set(data.labels) == {"boxes", "cars"} and "car_splits.json" in data.source
-    srn = many_scenes(tmp_path / "srn", [f"cars_{s}/{i}" for s in SPLITS for i in "ab"], "srn")
-    assert split_scenes(srn) == {s: {f"cars_{s}/{i}" for i in "ab"} for s in SPLITS}
-    assert scenes.SceneSet(srn, "val", 8).labels == ["cars", "cars"]
-    names = split_scenes(many_scenes(tmp_path / "hash", [f"{i:02d}" for i in range(30)])).values()
-    assert [len(n) for n in names] == [24, 3, 3] and len(set.union(*names)) == 30
-    alone = many_scenes(tmp_path / "one", ["lego"], "blender")
-    assert split_scenes(alone) == dict.fromkeys(SPLITS, {"lego"})
-
-
-def test_unreadable_scenes_are_named_and_left_out(tmp_path, capsys):
-    many_scenes(tmp_path / "train", "abcdef"), many_scenes(tmp_path / "test", "e")
-    for name in "ab":  # one of them may be in val
-        change_scene(tmp_path / "train" / name, frames=[])
-    data = scenes.SceneSet(tmp_path, "train", 8, max_views=3)
-    assert not {"train/a", "train/b"} & set(data.names) and set(data.counts.tolist()) == {3}
-    assert len(data.images) == 3 * len(data) and "left out: train/" in capsys.readouterr().out
-    refused("at least 5 are needed", scenes.SceneSet, tmp_path, "test", 8, min_views=5)
-
-
-def test_a_scene_is_found_by_folder_file_and_within_a_zip_or_is_a_bare_photo(tmp_path):
-    many_scenes(tmp_path / "set/cars", "ab")
-    write_layout(tmp_path / "set/cars/a/colmap", "colmap bin", opposite_cameras(), BLANK)
-    shutil.make_archive(tmp_path / "set", "zip", tmp_path / "set")
-    assert list(scenes.find_scenes(images.Tree(tmp_path / "set"))) == ["cars/a", "cars/b"]
-    for source, name in (("set/cars/a", ""), ("set/cars/a/transforms.json", ""),
-                         ("set.zip/cars/b", "cars/b")):
-        tree, found = scenes.find_scene(tmp_path / source)
-        assert found == name and len(scenes.read_scene(tree, found, 8).images) == 4
-    folder = scenes.find_scene(tmp_path / "set.zip/cars")
-    refused("no scene in cars.*as cars/a", scenes.read_scene, *folder, 8)
-    Image.new("RGB", (10, 20)).save(tmp_path / "x.png")
-    scene = scenes.photo_scene(tmp_path / "x.png", 40, 0.6)  # with the default camera, and padded
-    eye = torch.tensor([0, -math.cos(math.pi / 9), math.sin(math.pi / 9)])
-    close(scene.poses[0], tinyinr.look_at(4 * eye))
-    close(scene.focals, torch.full((1, 2), 20 / math.tan(0.3)))
-    assert scene.images[0, 0, 20].tolist()[::13] == [255, 0, 0, 255]
-
-
-@pytest.mark.parametrize("kernel, n, m, x0, y1, formula", [  # of distance, length and period
-    ("rbf", 27, 5, 1.913002, -0.835873, lambda d, l, p: np.exp(-((d / l) ** 2) / 2)),
-    ("matern52", 14, 18, 0.764012, -0.070508, lambda d, l, p: np.exp(-(5**0.5) * d / l) * (
-        1 + 5**0.5 * d / l + 5 * (d / l) ** 2 / 3)),
-    ("periodic", 4, 17, -0.923828, -0.59552, lambda d, l, p: np.exp(
-        -2 * (np.sin(np.pi * d / p) / l) ** 2))])
-def test_posterior_and_joint_likelihood_by_numpy(kernel, n, m, x0, y1, formula):
-    """The joint normal conditioned, of test sets whose numbers stay the same."""
-    x, y, hyper, context = next(curves.gp_test_sets(kernel, 1))
-    assert (context, x.shape, y.shape) == (n, *2 * ((16, n + m, 1),))
-    assert (x[0, 0].item(), y[-1, -1].item()) == pytest.approx((x0, y1), abs=2e-6)
-    seen, asked = (x[:, :n], y[:, :n]), x[:, n:]
-    mean, std = curves.gp_posterior(kernel, *seen, asked, hyper, 0.05)
-    joint = curves.joint_log_likelihood(kernel, *seen, asked, y[:, n:], hyper, 0.05)
-    for b, (length, scale, period) in enumerate(torch.cat(hyper, 2)[:, 0].tolist()):
-        distance = (x[b] - x[b].T).abs().numpy()
-        k = scale**2 * formula(distance, length, period) + 0.05**2 * np.eye(n + m)
-        gain = k[n:, :n] @ np.linalg.inv(k[:n, :n])
-        want, cov = gain @ y[b, :n, 0].numpy(), k[n:, n:] - gain @ k[:n, n:]
-        np.testing.assert_allclose(mean[b, :, 0], want, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(std[b, :, 0] ** 2, cov.diagonal(), rtol=1e-5, atol=1e-8)
-        off = y[b, n:, 0].numpy() - want
-        exact = -(off @ np.linalg.solve(cov, off) + np.linalg.slogdet(2 * np.pi * cov)[1]) / 2
-        assert joint[b].item() == pytest.approx(exact / m, rel=1e-5, abs=1e-5)
-
-
-def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
-    """By a loop over the kernels of the grid, of a mixture of their exact posteriors."""
-    x, factor, white, _ = curves.draw_curves("rbf", 2, 15, tinyinr.generator(3))
-    y, logs, moments = factor @ white, [], []
-    seen = x[:, :9], y[:, :9]
-    for length, scale, noise in product(
-            torch.logspace(-1.2, 0.4, 14), torch.logspace(-1.2, 0.4, 10), (0.02, 0.1)):
-        logs.append(curves.log_density("rbf", *seen, (length, scale, None), noise))  # (B,)
-        m, s = curves.gp_posterior("rbf", *seen, x[:, 9:], (length, scale, None), noise)
-        moments.append(torch.stack((m, m**2 + s**2)))  # (2, B, 6, 1)
-    weight = torch.stack(logs).softmax(0).view(-1, 1, 2, 1, 1)
-    first, second = (weight * torch.stack(moments)).sum(0)
-    mean, std = curves.averaged_gp(*seen, x[:, 9:], (0.02, 0.1))
-    close(mean, first, 1e-4)
-    close(std, (second - first**2).sqrt(), 1e-4)
-
-
-def test_the_generator_picks_one_of_all_kernels():
-    for seed in range(6):
-        gen = tinyinr.generator(seed)
-        kernel = curves.KERNELS[int(torch.randint(3, (), generator=gen))]
-        x, factor, white, _ = curves.draw_curves(kernel, 4000, 5, gen)
-        assert (factor @ white).var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
-        got = curves.sampler("all")(4000, 5, tinyinr.generator(seed))
-        assert torch.equal(got[0], x) and torch.equal(got[1], factor @ white) and got[2] is None
-
-
-def test_the_lengths_of_a_part_of_the_curves_go_down():
-    (plain, *others), (length, *same) = (
-        curves.draw_curves("rbf", 4000, 3, tinyinr.generator(0), rough)[3] for rough in (0.0, 0.2))
-    assert all(map(torch.equal, others, same)) and plain.min() >= 0.1
-    rough = length < 0.1
-    assert torch.equal(length[~rough], plain[~rough])
-    assert rough.double().mean().item() == pytest.approx(0.2, abs=0.02)
-    assert length[rough].min() >= 0.002 and length[rough].log().quantile(0.5).exp().item() == (
-        pytest.approx((0.002 * 0.1) ** 0.5, rel=0.2))
-
-
-@pytest.mark.parametrize("kernel", curves.KERNELS)
-def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
-    x, y, _, posterior = curves.sampler(kernel, 0.3)(3, 12, tinyinr.generator(5))
-    hyper = curves.draw_curves(kernel, 3, 12, tinyinr.generator(5), 0.3)[3]
-    counts = (2, 5, 9)
-    mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
-    for i, n in enumerate(counts):
-        (x_seen, x_asked), (y_seen, _) = (v[[i]].split((n, 12 - n), 1) for v in (x, y))
-        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, [h[[i]] for h in hyper])
-        close((mean[i, n:], var[i, n:].sqrt()), tuple(v[0] for v in want), 1e-6)
-        close(mean[i, :n], y[i, :n], 1e-9)
-        assert (var[i, :n].abs() < 1e-12).all()
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-def test_every_dialect_of_a_table_gives_the_same_series(encoding):
-    heads = "", "# run 3\nx{}y\n", "a title\n\n# x{}y\n"
-    for mark, decimal, quote, head, minus in product(
-            (",", ";", "\t", "  "), ".,", ("", '"'), heads, "-\u2212"):
-        if mark == decimal and not quote:
-            continue
-        rows = ((f"{quote}{value}{quote}".replace(".", decimal) for value in row)
-                for row in (("1700.5", "8.3"), ("1701.5", f"{minus}1.0")))
-        text = head.format(mark) + "".join(mark.join(row) + "\r\n" for row in rows)
-        table = tables.read_table("t", None, text.encode(encoding))
-        assert (table.x.tolist(), table.y.tolist()) == ([[1700.5], [1701.5]], [[8.3], [-1.0]]), text
-        assert [table.x_name, *table.y_names] == ["x", "y"] and table.mask.all(), text
-
-
-LYNX = "year hare lynx\n1900  30 4\n1901  47.2 6.1\n1902 70.2 9.8\n"
-TABLES = [  # text, columns, names, and the rows of x and y
-    (LYNX, "year,lynx", "year lynx", "1900 4, 1901 6.1, 1902 9.8"),
-    (LYNX, "3,2", "lynx hare", "4 30, 6.1 47.2, 9.8 70.2"),
-    ("x,a,b\n0,1,\n1,NaN,NA\n2,-999,inf\n,3,3\n3,,4\n", "all", "x a b", "0 1 0, 2 -999 0, 3 0 4"),
-    ("x,2019,2020\n1,2,3\n2,3,4\n", "x,2020", "x 2020", "1 3, 2 4"),
-    (" 1948 1949\n 1948 1 2 3\n 1949 2 3 4\n -99.9\n Nino 3.4 index\n", "1,3",
-     "column_1 column_3", "1948 2, 1949 3"),
-    ("id,day,v\nA,2020-01-01,3\nA,2020-03-01,4\n", None, "day v", "0 3, 60 4"),
-    ("day v\n2020-01-02 12:00  3\n2020-01-01 00:00:00  4\n", None, "day v", "1.5 3, 0 4"),
-    ("2020-02,1\n2020-01,2\n2020-01-01T12:00+12:00,3\n", None, "x y", "31 1, 0 2, 0 3"),
-    ("Datum;T;N\n1.1.2020;1,5;2\n15.01.2020;2,5;3\n", "all", "Datum T N", "0 1.5 2, 14 2.5 3"),
-    (",date,v\n0,2020/1/1,3\n1,2020/01/03 UTC,4\n", None, "date v", "0 3, 2 4"),
-    ("date,time,v\n2020-01-01,00:00,3\n2020-01-01,6:00,4\n", None, "date v", "0 3, 0.25 4"),
-    ("d|v\n20200101|3\n20200201|4\n", None, "d v", "0 3, 31 4"),
-    ('x,y\n2000,"1,234"\n2001,"1,234.5"\n2002,987\n', None, "x y",
-     "2000 1234, 2001 1234.5, 2002 987"),
-    ("x,y\n1,NA\n2,3\n3,.\n4,#N/A\n5,6\n", None, "x y", "2 3, 5 6"),
-    ("lat,lon,z\n52.52,13.41,38\n\ntime,T\n0,1\n1,2\n2,3\n", None, "time T", "0 1, 1 2, 2 3"),
-    ("x   y    z\n0.0 1.5  1\n1.0      2\n2.0 3.5  3\n", None, "x y", "0 1.5, 2 3.5"),
-    ("time;U\n[s];[V]\n0,0;1,25\n0,5;2,25\n", None, "time U", "0 1.25, 0.5 2.25"),
-    ("x\ty\n1\t980\n2\t1,234\n3\t12,345\n", None, "x y", "1 980, 2 1234, 3 12345"),
-    ("x;y\n1;1.234,5\n2;1.234.567\n", None, "x y", "1 1234.5, 2 1234567"),
-    ("x;y\n1;1 234\n2;12\u202f345,5\n3;1\u2019000\n", None, "x y", "1 1234, 2 12345.5, 3 1000"),
-    ("x,y\n1,$3.50\n2,\"($1,004.25)\"\n3,-4 \u20ac\n4,7.5 %\n5,1.5D+1\n6,2.5 p\n", None, "x y",
-     "1 3.5, 2 -1004.25, 3 -4, 4 7.5, 5 15, 6 2.5"),
-    (",year,v\n0,1950,3\n1,1951,4\n2,1953,5\n", "all", "year v", "1950 3, 1951 4, 1953 5"),
-    ('"t" "v"\n"1" 5.5 3\n"2" 6.5 4\n"3" 7 5\n', None, "t v", "5.5 3, 6.5 4, 7 5"),
-    ('"Name","Code","2018","2019","2021",\n"Aruba","ABW","1","..","3",\n"Chad","TCD","4","5","",\n',
-     "all", "year Aruba_ABW Chad_TCD", "2018 1 4, 2019 0 5, 2021 3 0"),
-    ("unit,geo\\TIME\t2018 \t2019 \t2021 \nA,DE\t1.5 \t2.5 b\t: \nA,FR\t: \t: \t5.5 e\n",
-     "1,2", "year A,DE", "2018 1.5, 2019 2.5"),
-    ("start;v\n23:30;1\n23:45:36;2\n0:15;3\n", None, "start v", "23.5 1, 23.76 2, 24.25 3"),
-    ("start,v\n11:30 AM,1\n12:30 pm,2\n", None, "start v", "11.5 1, 12.5 2"),
-    ("year month day v\n2020 1 1 3\n2020 1 2 4\n2020 2 1 5\n", None, "year v", "0 3, 1 4, 31 5"),
-    ("2020 01 2020.04 7\n2020 02 2020.12 8\n2020 3 2020.2 9\n", None, "column_1 column_4",
-     "0 7, 31 8, 60 9"),
-    ("Year,Jan,Feb,Mar,Apr,May,Jun,Jul,Aug,Sep,Oct,Nov,Dec\n2020,5,6" + 9 * ",***" + ",7\n" +
-     "2021,8" + 11 * ",NA" + "\n", None, "date value", "0 5, 31 6, 335 7, 366 8"),
-    ("x,y\n0,5\n" + "".join(f"1,{gap}\n" for gap in "-,n/a,:,..,*,N.A.,#DIV/0!,\u2014,(null)".split(
-        ",")) + "2,3\n", None, "x y", "0 5, 2 3")]
-
-
-def test_columns_gaps_and_dates_of_tables():
-    for text, columns, names, rows in TABLES:
-        table = tables.read_table("t.csv", columns, text.encode())
-        assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
-        want = [[float(v) for v in row.split()] for row in rows.split(",")]
-        assert torch.cat((table.x, table.y), 1).tolist() == want, text
-        dated = re.search(r"2020[-/]|20200|\.2020|month|Jan|2020 01", text)
-        assert table.origin == (datetime(2020, 1, 1) if dated else None)
-    table = tables.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
-    assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
-        "rows without x or y, left out: 1", "columns that are not read: err"]
-    for text, columns, error in (
-            ("a;b\n", None, "no rows of two numbers"), ("1,5\n", None, "1 row of numbers"),
-            ("Date,a,b\n1/2/2020,1,5\n1/3/2020,2,6\n", None, "'1/2/2020' is no date that is read"),
-            ("Date,a\n1/2/2020,1\n1/3/2020,2\n", None, "'1/2/2020' is no date .* which is the day"),
-            ("a,b\n1999-00,1\n2000-01,2\n2001-02,3\n", None, "'1999-00' is no date that is read"),
-            ("a,b\n2000,<1\n2001,2\n2002,3\n", None, "at a = 2000.0 stands '<1'"),
-            ("id,t,v\n3,1,5\n3,2,6\n", None, "id is 3 in every row; choose --columns x,y"),
-            ("x,y\n1,2\n2,abc\n", None, "x = 2.0 stands 'abc'"),
-            (LYNX, "year,fox", "'year,fox' should be x,y .* 1 year, 2 hare, 3 lynx"),
-            ("1," * 2**23 + "1", None, "larger than 16 MB")):
-        refused(f"^t.csv: .*{error}", tables.read_table, "t.csv", columns, text.encode())
-
-
-@pytest.mark.parametrize("days, dates", [
-    ("0 1 366", form) for form in (
-        "31/12/2020 1/1/2021 1/1/2022", "12/31/2020 1/1/2021 1/1/2022", "12/31/20 1/1/21 1/1/22",
-        "31.12.20 1.1.21 1.1.22", "2020.12.31 2021.01.01 2022.1.1", "20201231 20210101 20220101",
-        "31-Dec-20 1-Jan-21 1-Jan-22", "31_December_2020 1_Jan._2021 Sat_1_Jan_2022",
-        '"Dec_31,_2020" "January_1,_2021" "Sat,_January_1,_2022"',
-        "12/30/2020_12:00_PM 12/31/2020_12:00_pm 12/31/2021_12:00:00_p.m.",
-        "2020-12-31T02:30+02:30 2021-01-01T00:00Z 2021-12-31_19:00-05:00",
-        '"Thu,_31_Dec_2020_10:00:00_GMT" "Fri,_1_Jan_2021_10:00:00_GMT" "1_Jan_2022_10:00"')] + [
-    ("0 31 366", form) for form in (
-        "Jan-2020 Feb-2020 Jan-2021", "Jan_2020 February_2020 Jan_2021", "2020M01 2020M2 2021M01",
-        "2020_JAN 2020_FEB 2021Jan", "01/2020 02/2020 1/2021", "Jan-20 Feb-20 Jan-21",
-        "202001 202002 202101", "2020-1 2020-02 2021/01")] + [
-    ("0 91 366", "2020Q1 2020-Q2 2021_Q1"), ("0 91 366", "Q1_2020 Q2-2020 Q1_2021")])
-def test_dates_of_every_form_are_days_since_the_first(days, dates):
-    rows = "".join(f"{date.replace('_', ' ')},{i}\n" for i, date in enumerate(dates.split()))
-    table = tables.read_table("t", None, f"date,v\n{rows}".encode())
-    assert torch.cat((table.x, table.y), 1).mT.tolist() == [[*map(float, days.split())], [0, 1, 2]]
-    assert table.origin.year == 2020
-
-
-def test_a_mark_that_may_be_of_thousands_or_decimals_is_named():
-    for text, y, words in (("x;y\n1;1,234\n2;2,345\n", 1.234, "1,234 is taken for 1.234"),
-                           ("x\ty\n1\t1,234\n2\t2,345\n", 1234, "1,234 is taken for 1234"),
-                           ("x;y\n1;1.234\n2;2.345\n", 1.234, "1.234 is taken for 1.234"),
-                           ("x;y\n0,5;1,234\n1,5;2,345\n", 1.234, "")):
-        table = tables.read_table("t", None, text.encode())
-        assert table.y[0].item() == y and " ".join(table.notes).startswith(words), text
+# ------------------------------------------------------------------------- programs of data/
 
 
 def test_series_are_split_by_file_or_by_column(tmp_path, monkeypatch):
@@ -2773,50 +1518,6 @@ def test_series_are_split_by_file_or_by_column(tmp_path, monkeypatch):
     for path, sizes in ((folder, [16, 2, 2]), (wide, [24, 3, 3])):
         names = [set(curves.CurveSet(path, s).names) for s in SPLITS]
         assert [len(part) for part in names] == sizes and len(set.union(*names)) == sum(sizes)
-
-
-def test_drawn_windows_are_standardised_neighbouring_points_in_random_order():
-    data = curves.CurveSet(ROOT / "data" / "elnino.csv", "train", points=12)
-    x, y, mask = data.draw(5, 12, tinyinr.generator(0))
-    windows = data.y.unfold(0, 12, 1)[:, 0]  # (starts, 12)
-    scaled = (windows - windows.mean(1, True)) / windows.std(1, correction=0, keepdim=True) / 2
-    order = x.argsort(1)
-    assert mask is None and not torch.equal(order[0], order[1])
-    for curve in y.gather(1, order)[..., 0]:
-        assert (scaled - curve).abs().amax(1).min() < 1e-9
-
-
-def test_a_file_of_two_columns_is_one_curve_with_a_mask_in_its_gaps(tmp_path):
-    x = torch.arange(40.0).double()
-    y, seen = torch.stack((x.sin(), 5 + x.cos()), -1), (x[:, None] + torch.arange(2)) % 3 != 0
-    np.savetxt(tmp_path / "a.csv", torch.cat((x[:, None], y.masked_fill(~seen, math.nan)), 1),
-               delimiter=",")
-    data = curves.CurveSet(tmp_path, "all", n_values=2)
-    xs, ys, mask = data.draw(30, 25, tinyinr.generator(0))
-    assert (len(data), xs.shape, ys.shape) == (1, (30, 25, 1), (30, 25, 2))
-    t = ((xs[..., 0] + 2) * 39 / 4).round().long()  # the row that was drawn
-    assert torch.equal(mask, seen[t])
-    for j in range(2):
-        known = y[seen[:, j], j]
-        want = (y[t, j] - known.mean()) / known.std(correction=0) / 2
-        close(ys[..., j][mask[..., j]], want[mask[..., j]])
-    assert 5 < (t.diff(dim=1) > 0).all(1).sum() < 25  # about half come in the order of time
-    words = "a.csv: 2 columns .* no multiple of n_values=3"
-    refused(words, curves.CurveSet, tmp_path, "all", n_values=3)
-
-
-@pytest.mark.parametrize("n_values", (1, 2))
-def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
-    for n in (9, 60):
-        (tmp_path / f"{n}.csv").write_text("".join(f"{i},{i % 7},{i % 5}\n" for i in range(n)))
-    data = curves.CurveSet(tmp_path, "all", n_values=n_values)
-    x, _, mask = data.draw(200, 30, tinyinr.generator(0))
-    counts = mask[..., 0].sum(1)
-    assert set(counts.tolist()) == {9, 30}
-    for points, there in zip(x[..., 0], mask[..., 0]):
-        assert len(points[there].unique()) == there.sum()
-    parts = mask[counts == 9][:, :15, 0].sum(1).double()
-    assert parts.mean().item() == pytest.approx(4.5, abs=0.5) and parts.std() > 0.5
 
 
 @pytest.mark.parametrize("count", (18, 40, 300))
