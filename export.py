@@ -22,7 +22,6 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -38,7 +37,7 @@ import tinyinr
 from data import page as pages
 from data.commands import Command
 from data.evaluation import open_data, score, write_json
-from data.onnx_graph import (IO, ReducedAngles, inverse_cholesky, name_values, require_one_batch,
+from data.onnx_graph import (IO, Portable, expand_linalg, name_values, require_one_batch,
                              share_initializers, store_half)
 from tinyinr import ModelConfig, RunFailed
 
@@ -226,13 +225,13 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
     free = tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)}
                  for shape in graph.inputs.values())
     logging.disable(logging.WARNING)  # of PyTorch's exporter and what it calls
-    with (warnings.catch_warnings(action="ignore"), ReducedAngles(),
-          patch.object(tinyinr, "inverse_cholesky", inverse_cholesky)):
+    with warnings.catch_warnings(action="ignore"), Portable():
         proto = torch.onnx.export(
             graph, tuple(graph.draw().values()), dynamo=True, dynamic_shapes=(free,),
             input_names=[IO + k for k in graph.inputs],
             output_names=[IO + k for k in graph.outputs],
             opset_version=opset, external_data=False, verbose=False).model_proto
+    expand_linalg(proto)
     if [(o.domain, o.version) for o in proto.opset_import] != [("", opset)]:
         raise RunFailed(f"{graph.part}: opset {opset} was asked for, {proto.opset_import} came")
     body = proto.graph

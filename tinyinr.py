@@ -142,6 +142,8 @@ class ModelConfig(Checked):
         if self.task == "nvs" and self.grid and padded < 2 * self.patch:  # two patches an axis
             raise ValueError(f"patch={self.patch} must be at most half of the padded image_size="
                              f"{padded} where scenes have a grid")
+        if self.n_features and not (self.task == "gp" and self.grid):
+            raise ValueError(f"n_features={self.n_features} is for curves with a grid; leave it out")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} x merge={self.merge} must be at most the padded "
                              f"image_size={padded}")
@@ -209,7 +211,7 @@ IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
-              n_queries=24, grad_clip=1.0, rough=0.02)
+              n_queries=24, grad_clip=1.0, rough=0.05)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
                hidden=64, latent=32)  # VNP
@@ -1148,61 +1150,53 @@ class GridCurve(Curve):
 GRID_SIGNALS = {"image": GridImage, "nvs": GridScene, "gp": GridCurve}
 
 
-def inverse_cholesky(a: Tensor) -> Tensor:
-    """The inverse of the Cholesky factor of positive definite matrices (..., n, n)."""
-    lower = torch.linalg.cholesky_ex(a).L
-    eye = torch.eye(a.shape[-1]).to(a).expand_as(a)
-    return torch.linalg.solve_triangular(lower, eye, upper=False)
-
-
 class Regression(nn.Module):
-    """Exact Bayesian linear regression of a curve's values on features of x that its grid gives.
+    """Exact Bayesian linear regression of a curve's values on learned features of its grid and x.
 
-    y = phi(x) w + noise(x) with w ~ N(0, s^2 I), the noise's std s noise(x), and s^-2 ~ Gamma(nu/2,
-    nu/2): the posterior given the context has a closed form, so that observed values are met as
-    precisely as the features allow, and the std grows by itself where they explain the context
-    badly. phi, noise and nu are learned (ALPaCA, Harrison et al., 2018). All in fp32.
+    y = phi(x) w + noise, w ~ N(0, s^2), the noise's std is s noise(x), and 1 / s^2 ~ Gamma(nu / 2,
+    nu / 2). Given a context the posterior of w has a closed form: observed values are met as
+    precisely as the features allow, and where these explain them badly, s and the std grow. What
+    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Always fp32 or longer.
     """
 
-    def __init__(self, width: int, n_features: int, n_values: int):
+    def __init__(self, cfg: ModelConfig, width: int):
         super().__init__()
-        self.n_features, self.n_values = n_features, n_values
-        self.basis = nn.Sequential(nn.Linear(width + 1, 128), nn.GELU(),
-                                   nn.Linear(128, n_features + n_values))
+        self.sizes = [cfg.n_features, cfg.n_values]
+        self.basis = nn.Sequential(nn.Linear(width + 2 * cfg.n_freqs, 128), nn.GELU(),
+                                   nn.Linear(128, sum(self.sizes)))
         self.log_nu = nn.Parameter(torch.tensor(2.0))
 
-    def features(self, nodes: Tensor, x: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
-        """phi (B, K, F) and the noise's std (B, K, D) at points x (B or 1, K, 1)."""
+    def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
+        """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
         local = interpolate(nodes.to(self.log_nu.dtype), x, axis)  # (B, K, width)
-        x = x.expand(len(local), -1, -1).to(local.dtype)
-        phi, noise = to_fp32(self.basis(torch.cat((local, x), -1))).split(
-            [self.n_features, self.n_values], -1)
-        return phi * self.n_features**-0.5, 0.01 + F.softplus(noise - 3)
+        encoded = positional_encoding(x, freqs).to(local.dtype).expand(len(local), -1, -1)
+        phi, noise = to_fp32(self.basis(torch.cat((local, encoded), -1))).split(self.sizes, -1)
+        return phi * self.sizes[0] ** -0.5, 0.01 + F.softplus(noise - 3)
 
-    def fit(self, nodes, axis, x, y, mask) -> Tensor:
+    def fit(self, x, y, mask, *grid) -> Tensor:
         """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F).
 
-        The first row is its mean, the others a factor of its covariance factor^T factor.
+        The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
         """
         with torch.autocast(x.device.type, enabled=False):
-            phi, noise = self.features(nodes, x, axis)
+            phi, noise = self.features(x, *grid)
             phi, y, mask = phi.unsqueeze(1), *(to_fp32(v).mT.unsqueeze(-1) for v in (y, mask))
             precision = mask / noise.square().mT.unsqueeze(-1)  # (B, D, N, 1)
             weighted = (precision * phi).mT  # (B, D, F, N)
-            gram, eye = weighted @ phi, torch.eye(self.n_features).to(phi)
-            ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # above fp32's rounding
-            factor = inverse_cholesky(gram + ridge[..., None, None] * eye)
-            white = factor @ (weighted @ y)  # (B, D, F, 1)
+            gram, eye = weighted @ phi, torch.eye(self.sizes[0]).to(phi)
+            ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1, or above fp32's error
+            lower = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).L
+            root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+            white = root @ (weighted @ y)  # (B, D, F, 1)
             misfit = (precision * y.square()).sum(-2) - white.square().sum(-2)  # (B, D, 1)
             nu = self.log_nu.exp()
-            s = (nu + misfit.clamp(min=0)) / (nu + mask.sum(-2))
-            return torch.cat((white.mT @ factor, factor * s.sqrt().unsqueeze(-1)), -2)
+            s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-2))).sqrt()
+            return torch.cat((white.mT @ root, root * s.unsqueeze(-1)), -2)
 
-    def add(self, raw, posterior, nodes, axis, x) -> Tensor:
+    def add(self, raw, posterior, x, *grid) -> Tensor:
         """Raw values (..., B, K, 2 D) of mean and std, plus the regression's mean and variance."""
         with torch.autocast(x.device.type, enabled=False):
-            phi, _ = self.features(nodes, x, axis)
-            values = phi.unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
+            values = self.features(x, *grid)[0].unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
             raw_mean, raw_std = to_fp32(raw).chunk(2, -1)
             return torch.cat((raw_mean + mean, raw_std, var.expand_as(raw_std)), -1)
@@ -1213,12 +1207,6 @@ def start_as_identity(blocks):
     for block in blocks:
         nn.init.zeros_(block.out.weight)
         nn.init.zeros_(block.ff2.weight)
-
-
-def make_regression(cfg: ModelConfig, width: int) -> Regression | None:
-    """The regression of a curve's model whose nodes have this width; None: it has none."""
-    wanted = cfg.task == "gp" and cfg.n_features
-    return Regression(width, cfg.n_features, cfg.n_values) if wanted else None
 
 
 class GridTransINR(TransINR):
@@ -1233,7 +1221,7 @@ class GridTransINR(TransINR):
         width = next(iter(self.shapes.values()))[1] * self.factor**self.signal.coord_dim
         self.grid_head = weight_head(cfg.dim, width)
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
-        self.regression = make_regression(cfg, cfg.inr_width)
+        self.regression = Regression(cfg, cfg.inr_width) if cfg.n_features else None
         start_as_identity(self.transformer)
         for head in self.weight_heads.values():  # generated weights start as the base weights
             nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
@@ -1245,14 +1233,15 @@ class GridTransINR(TransINR):
         grid = upsample(self.grid_head(data), self.cfg.side, self.factor, self.signal.coord_dim)
         code["grid"] = grid.to(next(iter(code.values())).dtype)
         if self.regression:
-            observed = self.signal.inputs(context)
-            code["posterior"] = self.regression.fit(code["grid"], self.axis, *observed)
+            code["posterior"] = self.regression.fit(
+                *self.signal.inputs(context), code["grid"], self.axis, self.freqs)
         return code
 
     def field(self, code, points):
         raw = super().field(code, points, interpolate(code["grid"], points, self.axis))
         if self.regression:
-            raw = self.regression.add(raw, code["posterior"], code["grid"], self.axis, points)
+            raw = self.regression.add(
+                raw, code["posterior"], points, code["grid"], self.axis, self.freqs)
         return raw
 
 
@@ -1265,7 +1254,7 @@ class GridVNP(VNP):
         width = cfg.dim * self.factor**self.signal.coord_dim
         self.grid_head = nn.Linear(cfg.dim, width) if self.factor > 1 else nn.Identity()
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
-        self.regression = make_regression(cfg, cfg.dim)
+        self.regression = Regression(cfg, cfg.dim) if cfg.n_features else None
         if isinstance(self.signal, Curve):  # stationary: tokens attend by their distance
             nn.init.normal_(self.tokenizer.pos, std=0.02)
             self.transformer = nn.Sequential(*(
@@ -1280,8 +1269,8 @@ class GridVNP(VNP):
     def encode(self, context):
         code = super().encode(context)
         if self.regression:
-            nodes, observed = self.nodes(code["tokens"]), self.signal.inputs(context)
-            code["posterior"] = self.regression.fit(nodes, self.axis, *observed)
+            code["posterior"] = self.regression.fit(
+                *self.signal.inputs(context), self.nodes(code["tokens"]), self.axis, self.freqs)
         return code
 
     def initial_features(self, tokens, points, e):
@@ -1290,8 +1279,8 @@ class GridVNP(VNP):
     def field(self, code, points, f):
         raw = super().field(code, points, f)
         if self.regression:
-            nodes = self.nodes(code["tokens"])
-            raw = self.regression.add(raw, code["posterior"], nodes, self.axis, points)
+            raw = self.regression.add(
+                raw, code["posterior"], points, self.nodes(code["tokens"]), self.axis, self.freqs)
         return raw
 
 

@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class ReducedAngles(TorchFunctionMode):
-    """Takes whole turns off every angle before its sine and cosine, so that it is in [-pi, pi].
+LINALG = "linalg"  # the domain of nodes that expand_linalg replaces
 
-    Several GPUs know them inside of this range only and are off by 2e-4 at angles of 100. The
-    first of the two parts of 2 pi has 8 bits: the product with up to 2^16 turns is exact.
+
+class Portable(TorchFunctionMode):
+    """Reduced angles for all sines and cosines; what ONNX lacks is left to expand_linalg.
+
+    The angles are in [-pi, pi], whole turns taken off: several GPUs know the functions inside of
+    this range only and are off by 2e-4 at angles of 100. The first of the two parts of 2 pi has 8
+    bits: the product with up to 2^16 turns is exact.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -26,19 +30,59 @@ class ReducedAngles(TorchFunctionMode):
             angle = args[0]
             turns = (angle * (0.5 / math.pi) + 0.5).floor()
             args = (angle - turns * 6.28125 - turns * (2 * math.pi - 6.28125),)
+        if function is torch.linalg.cholesky_ex:
+            return torch.return_types.linalg_cholesky_ex((symbol("Cholesky", *args), None))
+        if function is torch.linalg.solve_triangular:
+            return symbol("Solve", *args)
         return function(*args, **(kwargs or {}))
 
 
-def inverse_cholesky(a: Tensor) -> Tensor:
-    """tinyinr's, by Gaussian elimination of [a | 1] row by row: ONNX has no Cholesky factor."""
-    n = a.shape[-1]
-    rest, rows = torch.cat((a, torch.eye(n).expand_as(a)), -1), []
-    for k in range(n):
-        row, rest = rest[..., :1, :], rest[..., 1:, :]
-        pivot = row[..., k : k + 1]
-        rows.append(row[..., n:] * pivot.rsqrt())
-        rest = rest - rest[..., k : k + 1] / pivot * row
-    return torch.cat(rows, -2)
+def symbol(name: str, *tensors: Tensor) -> Tensor:
+    """The output of a node of no ONNX operator, like the last tensor."""
+    last = tensors[-1]
+    return torch.onnx.ops.symbolic(f"{LINALG}::{name}", tensors, dtype=last.dtype,
+                                   shape=last.shape, version=1)
+
+
+def expand_linalg(proto: onnx.ModelProto):
+    """Write Solve(Cholesky(a), b) = l^-1 b, where l l^T = a, as Gaussian elimination of [a | b]."""
+    body, nodes, made = proto.graph, [], {}
+
+    def add(kind, *inputs, outputs=1, **attributes):
+        inputs = [k if isinstance(k, str) else constant(k) for k in inputs]
+        names = [f"linalg.{len(nodes)}.{i}" for i in range(outputs)]
+        nodes.append(make_node(kind, inputs, names, **attributes))
+        return names if outputs > 1 else names[0]
+
+    def constant(values):
+        name = "linalg." + "_".join(map(str, values))
+        if name not in made:
+            made[name] = from_array(np.array(values, np.int64), name)
+        return name
+
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in body.value_info}
+    factored = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Cholesky"}
+    for node in body.node:
+        if node.op_type == "Solve":
+            a, b = factored[node.input[0]], node.input[1]
+            n, rows, rest = shapes[node.input[0]][-1].dim_value, [], add("Concat", a, b, axis=-1)
+            for k in range(n):
+                row = rest
+                if k < n - 1:
+                    row, rest = add("Split", rest, (1, n - 1 - k), outputs=2, axis=-2)
+                    column = add("Slice", rest, (k,), (k + 1,), (-1,))
+                pivot = add("Slice", row, (k,), (k + 1,), (-1,))
+                rows.append(add("Div", row, add("Sqrt", pivot)))
+                if k < n - 1:
+                    rest = add("Sub", rest, add("Mul", add("Div", column, pivot), row))
+            rows = add("Concat", *rows, axis=-2)
+            nodes.append(make_node("Slice", [rows, *map(constant, ((n,), (2**31,), (-1,)))],
+                                   node.output))
+        elif node.op_type != "Cholesky":
+            nodes.append(node)
+    replace(body.node, nodes)
+    body.initializer.extend(made.values())
+    replace(proto.opset_import, [o for o in proto.opset_import if o.domain != LINALG])
 
 
 IO = "io."  # PyTorch calls values inside of a graph `mean` too, but none begins so
