@@ -63,6 +63,7 @@ def tiny(task, model, grid=True, fresh=False, **given) -> torch.nn.Module:
     """A small random model; unless fresh, what starts at 0 is random as well."""
     torch.manual_seed(0)
     grid = GRID[task] if grid is True else int(grid)
+    given = ({"n_features": 12} if grid and task == "gp" else {}) | given
     model = tinyinr.build(ModelConfig(task, model, grid, **SIZES | given)).eval()
     for p in () if fresh else model.parameters():
         if not p.any():
@@ -517,6 +518,39 @@ def test_the_nodes_of_a_curve_are_where_its_tokens_look(n):
         impulse[..., (tokenizer.points - axis[i * n // 48]).abs().argmin()] = 1.0
         moved = (tokenizer.conv2(impulse) - still).abs().amax(1)[0]
         assert moved.nonzero().flatten().tolist() == [i]
+
+
+@every_model
+def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
+    """Of kernel phi(x) phi(x'), in function space; its scale is that of a Student t process."""
+    model = tiny("gp", name, n_values=2).double()
+    regression, shape = model.regression, (3, 9, 2)
+    context = {"x": 4 * rand(3, 9, 1).double() - 2, "y": rand(*shape, seed=1).double(),
+               "mask": (rand(*shape, seed=2) < 0.7).double()}
+    code, xt = model.encode(context), 4 * rand(3, 5, 1, seed=3).double() - 2
+    nodes = code["grid"] if name == "transinr" else code["tokens"]
+    grid = nodes, model.axis, model.freqs
+    got = regression.add(torch.zeros(3, 5, 4), code["posterior"], xt, *grid)
+    (phi, noise), (target, _) = (regression.features(x, *grid) for x in (context["x"], xt))
+    nu = regression.log_nu.exp()
+    for b, d in product(range(3), range(2)):
+        seen = context["mask"][b, :, d] == 1
+        p, y = phi[b, seen], context["y"][b, seen, d]
+        k = p @ p.T + noise[b, seen, d].square().diag()
+        across = target[b] @ p.T @ k.inverse()
+        scale = (nu + y @ k.inverse() @ y) / (nu + len(y))
+        var = scale * (target[b] @ target[b].T - across @ p @ target[b].T).diag()
+        close(got[b, :, d], across @ y, 1e-4)  # the ridge is 1e-6 of the trace
+        close(got[b, :, 4 + d], var, 1e-4)
+    assert not got[..., 2:4].any()
+
+
+def test_the_std_grows_by_its_own_where_the_features_explain_a_curve_badly():
+    model = tiny("gp", "transinr")
+    x = torch.linspace(-2, 2, 40).view(1, 40, 1)
+    std = [model(dict(x=x, y=y), dict(x=x)).std.mean().item()
+           for y in (0 * x, 0.2 * x, 20 * rand(1, 40, 1))]
+    assert std[0] <= std[1] < std[2] / 3
 
 
 # ------------------------------------------------------------------------- all models

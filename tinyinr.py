@@ -143,7 +143,7 @@ class ModelConfig(Checked):
             raise ValueError(f"patch={self.patch} must be at most half of the padded image_size="
                              f"{padded} where scenes have a grid")
         if self.n_features and not (self.task == "gp" and self.grid):
-            raise ValueError(f"n_features={self.n_features} is for curves with a grid; leave it out")
+            raise ValueError(f"n_features={self.n_features} is for curves with a grid; set it to 0")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} x merge={self.merge} must be at most the padded "
                              f"image_size={padded}")
