@@ -1162,13 +1162,14 @@ class Regression(nn.Module):
     def __init__(self, cfg: ModelConfig, width: int):
         super().__init__()
         self.sizes = [cfg.n_features, cfg.n_values]
+        self.norm = nn.LayerNorm(width)
         self.basis = nn.Sequential(nn.Linear(width + 2 * cfg.n_freqs, 128), nn.GELU(),
                                    nn.Linear(128, sum(self.sizes)))
         self.log_nu = nn.Parameter(torch.tensor(2.0))
 
     def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
         """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
-        local = interpolate(nodes.to(self.log_nu.dtype), x, axis)  # (B, K, width)
+        local = self.norm(interpolate(nodes.to(self.log_nu.dtype), x, axis))  # (B, K, width)
         encoded = positional_encoding(x, freqs).to(local.dtype).expand(len(local), -1, -1)
         phi, noise = to_fp32(self.basis(torch.cat((local, encoded), -1))).split(self.sizes, -1)
         return phi * self.sizes[0] ** -0.5, 0.01 + F.softplus(noise - 3)
