@@ -370,7 +370,8 @@ def test_what_is_under_a_mask_of_0_has_no_influence(name, grid):
 @every_kind
 @every_task
 def test_batched_inr_equals_linear_layers_signal_by_signal(task, grid):
-    model, (context, query) = tiny(task, "transinr", grid, out_bias=0.25), signals(task)
+    model = tiny(task, "transinr", grid, out_bias=0.25, n_features=0)
+    context, query = signals(task)
     code, (points, _) = model.encode(context), model.signal.points(query)
     out = model.field(code, points)
     nodes = code.pop("grid", None)
@@ -482,7 +483,7 @@ def test_the_grid_of_an_image_is_a_transposed_convolution_that_is_sampled(factor
     grid = torch.conv_transpose2d(tokens.mT.unflatten(2, (4, 4)), kernel, stride=factor) + bias
     want = F.grid_sample(grid, points.flip(-1).unsqueeze(2), padding_mode="border",
                          align_corners=False)  # takes (column, row)
-    close(model.initial_features(tokens, points, None), want.squeeze(3).mT)
+    close(model.initial_features({"tokens": tokens}, points, None), want.squeeze(3).mT)
 
 
 def test_a_place_in_space_starts_from_what_the_views_show_there():
@@ -528,8 +529,7 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
     context = {"x": 4 * rand(3, 9, 1).double() - 2, "y": rand(*shape, seed=1).double(),
                "mask": (rand(*shape, seed=2) < 0.7).double()}
     code, xt = model.encode(context), 4 * rand(3, 5, 1, seed=3).double() - 2
-    nodes = code["grid"] if name == "transinr" else code["tokens"]
-    grid = nodes, model.axis, model.freqs
+    grid = model.nodes(code), model.axis, model.freqs
     got = regression.add(torch.zeros(3, 5, 4), code["posterior"], xt, *grid)
     (phi, noise), (target, _) = (regression.features(x, *grid) for x in (context["x"], xt))
     nu = regression.log_nu.exp()

@@ -917,7 +917,7 @@ class VNP(Model):
         """As in Model, with latents z, or with those that noise eps gives."""
         z = self.latents(code, query, eps)[0] if z is None else z
         points, z_vals = self.signal.points(query)
-        f, e = self.features(code["tokens"], points)
+        f, e = self.features(code, points)
         for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
         return self.field(code, points, f), points, z_vals
@@ -931,16 +931,17 @@ class VNP(Model):
         """Raw values (B, K, C) at points (B, K, .) with features f (B, K, D) after all blocks."""
         return self.head(f)
 
-    def features(self, tokens, points) -> tuple[Tensor, Tensor]:
+    def features(self, code, points) -> tuple[Tensor, Tensor]:
         """Features of the points and their embedded coordinates, both (B, K, D)."""
+        tokens = code["tokens"]
         x = positional_encoding(points, self.freqs, self.signal.angle_scale).to(tokens.dtype)
         e = self.embed(x).expand(len(tokens), -1, -1)
-        f = self.initial_features(tokens, points, e)
+        f = self.initial_features(code, points, e)
         for block in self.cross:  # plain attention where a caller may ask for second derivatives
             f = block(f, e, tokens, fused=not points.requires_grad)
         return self.enhance(f), e
 
-    def initial_features(self, tokens, points, e) -> Tensor:
+    def initial_features(self, code, points, e) -> Tensor:
         """What the cross-attention starts from, (B, K, D): zeros."""
         return torch.zeros_like(e)
 
@@ -950,14 +951,13 @@ class VNP(Model):
         The prior is averaged over the set in the code, or else over the query; the posterior over
         the targets. The points of both go through the blocks together, with the latents so far.
         """
-        tokens = code["tokens"]
         seen = query["mask"].amax(-1, keepdim=True) if "mask" in query else None  # (B, M, 1)
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
         weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)
         queries = [pool, query] if pool and target is not None else [pool or query]
         sets = [self.signal.points(q) for q in queries]  # (points, z_vals) of prior and posterior
-        points = torch.cat([p.expand(len(tokens), -1, -1) for p, _ in sets], 1)
-        sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(tokens, points)
+        points = torch.cat([p.expand(len(code["tokens"]), -1, -1) for p, _ in sets], 1)
+        sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(code, points)
         zs, kl = [], torch.zeros(len(f), device=f.device)
         for i, block in enumerate(self.blocks):
             values = [self.signal.to_prediction(raw, *at).mean
@@ -1150,6 +1150,12 @@ class GridCurve(Curve):
 GRID_SIGNALS = {"image": GridImage, "nvs": GridScene, "gp": GridCurve}
 
 
+def no_autocast(device_type: str):
+    """A context in which matrix products keep their precision; a device may have no autocast."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
 class Regression(nn.Module):
     """Exact Bayesian linear regression of a curve's values on learned features of its grid and x.
 
@@ -1179,7 +1185,7 @@ class Regression(nn.Module):
 
         The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             phi, noise = self.features(x, *grid)
             phi, y, mask = phi.unsqueeze(1), *(to_fp32(v).mT.unsqueeze(-1) for v in (y, mask))
             precision = mask / noise.square().mT.unsqueeze(-1)  # (B, D, N, 1)
@@ -1196,7 +1202,7 @@ class Regression(nn.Module):
 
     def add(self, raw, posterior, x, *grid) -> Tensor:
         """Raw values (..., B, K, 2 D) of mean and std, plus the regression's mean and variance."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             values = self.features(x, *grid)[0].unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
             raw_mean, raw_std = to_fp32(raw).chunk(2, -1)
@@ -1210,7 +1216,39 @@ def start_as_identity(blocks):
         nn.init.zeros_(block.ff2.weight)
 
 
-class GridTransINR(TransINR):
+class FeatureGrid:
+    """What both models with a feature grid share; `nodes(code)` is the grid (B, n^C, width)."""
+
+    def add_grid(self, width: int, head):
+        """A head from a token to its nodes, and of a curve the regression on what they hold."""
+        cfg, dim = self.cfg, self.signal.coord_dim
+        self.factor = cfg.grid // cfg.side
+        self.grid_head = head(cfg.dim, width * self.factor**dim)
+        self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
+        self.regression = Regression(cfg, width) if cfg.n_features else None
+
+    def upsample(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, side^C, D) -> nodes (B, n^C, width)."""
+        return upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
+
+    def interpolate(self, code, points):
+        return interpolate(self.nodes(code), points, self.axis)
+
+    def observe(self, code, context):
+        """The code, of a curve with the regression's `posterior` (B, D, 1 + F, F) as one entry."""
+        if self.regression:
+            code["posterior"] = self.regression.fit(
+                *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
+        return code
+
+    def add_regression(self, raw, code, points):
+        if self.regression:
+            raw = self.regression.add(raw, code["posterior"], points, self.nodes(code), self.axis,
+                                      self.freqs)
+        return raw
+
+
+class GridTransINR(FeatureGrid, TransINR):
     """TransINR with h0 = b + PE(x) W + interpolate(grid, x): its first layer reads a feature grid.
 
     The code has one more entry, `grid` (B, n^C, width), generated by the data tokens.
@@ -1218,44 +1256,32 @@ class GridTransINR(TransINR):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg, GRID_SIGNALS[cfg.task](cfg))
-        self.factor = cfg.grid // cfg.side
-        width = next(iter(self.shapes.values()))[1] * self.factor**self.signal.coord_dim
-        self.grid_head = weight_head(cfg.dim, width)
-        self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
-        self.regression = Regression(cfg, cfg.inr_width) if cfg.n_features else None
+        self.add_grid(next(iter(self.shapes.values()))[1], weight_head)
         start_as_identity(self.transformer)
         for head in self.weight_heads.values():  # generated weights start as the base weights
             nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
             nn.init.ones_(head[1].bias)
 
+    def nodes(self, code):
+        return code["grid"]
+
     def encode(self, context):
         data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
-        grid = upsample(self.grid_head(data), self.cfg.side, self.factor, self.signal.coord_dim)
-        code["grid"] = grid.to(next(iter(code.values())).dtype)
-        if self.regression:
-            code["posterior"] = self.regression.fit(
-                *self.signal.inputs(context), code["grid"], self.axis, self.freqs)
-        return code
+        code["grid"] = self.upsample(data).to(next(iter(code.values())).dtype)
+        return self.observe(code, context)
 
     def field(self, code, points):
-        raw = super().field(code, points, interpolate(code["grid"], points, self.axis))
-        if self.regression:
-            raw = self.regression.add(
-                raw, code["posterior"], points, code["grid"], self.axis, self.freqs)
-        return raw
+        raw = super().field(code, points, self.interpolate(code, points))
+        return self.add_regression(raw, code, points)
 
 
-class GridVNP(VNP):
+class GridVNP(FeatureGrid, VNP):
     """VNP whose target features start from a feature grid: f0 = interpolate(grid, x)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg, GRID_SIGNALS[cfg.task](cfg))
-        self.factor = cfg.grid // cfg.side
-        width = cfg.dim * self.factor**self.signal.coord_dim
-        self.grid_head = nn.Linear(cfg.dim, width) if self.factor > 1 else nn.Identity()
-        self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
-        self.regression = Regression(cfg, cfg.dim) if cfg.n_features else None
+        self.add_grid(cfg.dim, nn.Identity if cfg.grid == cfg.side else nn.Linear)
         if isinstance(self.signal, Curve):  # stationary: tokens attend by their distance
             nn.init.normal_(self.tokenizer.pos, std=0.02)
             self.transformer = nn.Sequential(*(
@@ -1263,26 +1289,17 @@ class GridVNP(VNP):
                 for _ in range(cfg.depth)))
         start_as_identity(self.transformer)
 
-    def nodes(self, tokens):
-        """The feature grid (B, n^C, D) of the context tokens."""
-        return upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
+    def nodes(self, code):
+        return self.upsample(code["tokens"])
 
     def encode(self, context):
-        code = super().encode(context)
-        if self.regression:
-            code["posterior"] = self.regression.fit(
-                *self.signal.inputs(context), self.nodes(code["tokens"]), self.axis, self.freqs)
-        return code
+        return self.observe(super().encode(context), context)
 
-    def initial_features(self, tokens, points, e):
-        return interpolate(self.nodes(tokens), points, self.axis)
+    def initial_features(self, code, points, e):
+        return self.interpolate(code, points)
 
     def field(self, code, points, f):
-        raw = super().field(code, points, f)
-        if self.regression:
-            raw = self.regression.add(
-                raw, code["posterior"], points, self.nodes(code["tokens"]), self.axis, self.freqs)
-        return raw
+        return self.add_regression(super().field(code, points, f), code, points)
 
 
 # ------------------------------------------------------------------------- losses, prediction
