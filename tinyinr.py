@@ -323,6 +323,17 @@ def sample_depths(rays_o: Tensor, near, far, n_points: int, jitter=None) -> Tens
     return z_vals + torch.zeros_like(rays_o[..., :1])  # of every ray and signal
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether matrix products on x's device are cast; tensors without data have no autocast."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(x: Tensor):
+    """A context in which matrix products on x's device keep their precision."""
+    on = under_autocast(x)
+    return torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext()
+
+
 def to_fp32(x: Tensor) -> Tensor:
     """x in fp32 if it is shorter, as under autocast."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -982,7 +993,7 @@ def interpolation_weights(x: Tensor, axis: Tensor) -> Tensor:
     """Weights (..., n^C) of all nodes in the multilinear interpolation at points x (..., C)."""
     weight = F.relu(1 - (x.unsqueeze(-1) - axis).abs() / (axis[1] - axis[0]))  # (..., C, n)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
     out, *rest = weight.unbind(-2)
     for w in rest:
@@ -1150,12 +1161,6 @@ class GridCurve(Curve):
 GRID_SIGNALS = {"image": GridImage, "nvs": GridScene, "gp": GridCurve}
 
 
-def no_autocast(device_type: str):
-    """A context in which matrix products keep their precision; a device may have no autocast."""
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
-
-
 class Regression(nn.Module):
     """Exact Bayesian linear regression of a curve's values on learned features of its grid and x.
 
@@ -1185,7 +1190,7 @@ class Regression(nn.Module):
 
         The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
         """
-        with no_autocast(x.device.type):
+        with no_autocast(x):
             phi, noise = self.features(x, *grid)
             phi, y, mask = phi.unsqueeze(1), *(to_fp32(v).mT.unsqueeze(-1) for v in (y, mask))
             precision = mask / noise.square().mT.unsqueeze(-1)  # (B, D, N, 1)
@@ -1202,7 +1207,7 @@ class Regression(nn.Module):
 
     def add(self, raw, posterior, x, *grid) -> Tensor:
         """Raw values (..., B, K, 2 D) of mean and std, plus the regression's mean and variance."""
-        with no_autocast(x.device.type):
+        with no_autocast(x):
             values = self.features(x, *grid)[0].unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
             raw_mean, raw_std = to_fp32(raw).chunk(2, -1)
