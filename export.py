@@ -69,6 +69,8 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "far": "depth at which rays end",
     "eps": "unit Gaussian noise of the latents; zeros: the prior's mean",
     "tokens": "what the context has become",
+    "grid": "feature grid that the INR reads, interpolated: its nodes, the last axis fastest",
+    "posterior": "regression of a curve: mean of the weights, then a root of their covariance",
     "pool": "positions, or their weights, over which the prior of the latents is pooled",
     "mean": "values wanted; colors are not clamped",
     "std": "standard deviation of the values; mean +- 1.96 std is their central 95 % interval",

@@ -144,6 +144,9 @@ def test_files_are_single_and_described_and_hold_no_traces(exported, name):
         assert entry["error"] <= 1e-4 and entry["bytes"] == len(data)
         sides = {"inputs": body.input, "outputs": body.output}
         assert all([*entry[side]] == [v.name for v in sides[side]] for side in sides)
+        layers = [k for side in sides for k, v in entry[side].items()
+                  if v["meaning"] == export.LAYER]
+        assert all(re.fullmatch(r"wb\d|rgb_density_fc", k) for k in layers)
         told = about | {"part": part} | {side: entry[side] for side in sides}
         assert {p.key: p.value for p in proto.metadata_props} == {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
