@@ -530,7 +530,7 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
                "mask": (rand(*shape, seed=2) < 0.7).double()}
     code, xt = model.encode(context), 4 * rand(3, 5, 1, seed=3).double() - 2
     grid = model.nodes(code), model.axis, model.freqs
-    got = regression.add(torch.zeros(3, 5, 4), code["posterior"], xt, *grid)
+    got = regression.add(torch.zeros(3, 5, 2), code["posterior"], xt, *grid)
     (phi, noise), (target, _) = (regression.features(x, *grid) for x in (context["x"], xt))
     nu = regression.log_nu.exp()
     for b, d in product(range(3), range(2)):

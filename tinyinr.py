@@ -1139,12 +1139,16 @@ class GridScene(Scene):
 class GridCurve(Curve):
     """A curve with a feature grid; a prior is averaged over every fourth token's place.
 
-    Raw values may be followed by the variance that a regression adds, D more channels.
+    With a regression the field gives the std alone; mean, std and variance make the prediction.
     """
 
+    @property
+    def out_dim(self):
+        return self.field_dim if self.cfg.n_features else super().out_dim
+
     def to_prediction(self, raw, points, z_vals):
-        mean, std = super().to_prediction(raw[..., : self.out_dim], points, z_vals)
-        var = raw[..., self.out_dim :]
+        mean, std = super().to_prediction(raw[..., : 2 * self.value_dim], points, z_vals)
+        var = raw[..., 2 * self.value_dim :]
         return Prediction(mean, (std.square() + var).sqrt() if var.shape[-1] else std)
 
     def axis(self, n):
@@ -1206,12 +1210,11 @@ class Regression(nn.Module):
             return torch.cat((white.mT @ root, root * s.unsqueeze(-1)), -2)
 
     def add(self, raw, posterior, x, *grid) -> Tensor:
-        """Raw values (..., B, K, 2 D) of mean and std, plus the regression's mean and variance."""
+        """The field's raw std (..., B, K, D) -> mean, raw std and the mean's variance: 3 D."""
         with no_autocast(x):
             values = self.features(x, *grid)[0].unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
-            raw_mean, raw_std = to_fp32(raw).chunk(2, -1)
-            return torch.cat((raw_mean + mean, raw_std, var.expand_as(raw_std)), -1)
+            return torch.cat((mean.expand_as(raw), to_fp32(raw), var.expand_as(raw)), -1)
 
 
 def start_as_identity(blocks):
@@ -1225,7 +1228,7 @@ class FeatureGrid:
     """What both models with a feature grid share; `nodes(code)` is the grid (B, n^C, width)."""
 
     def add_grid(self, width: int, head):
-        """A head from a token to its nodes, and of a curve the regression on what they hold."""
+        """A head from a token to its nodes; of a curve the regression on what they hold."""
         cfg, dim = self.cfg, self.signal.coord_dim
         self.factor = cfg.grid // cfg.side
         self.grid_head = head(cfg.dim, width * self.factor**dim)
