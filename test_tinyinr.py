@@ -545,6 +545,19 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
     assert not got[..., 2:4].any()
 
 
+@every_model
+def test_drawn_curves_have_the_posteriors_mean_and_variance(name):
+    """A draw is linear in its noise, so unit vectors tell mean and variance exactly."""
+    model, (context, query) = tiny("gp", name), signals("gp", batch=1)
+    code = model.encode(context)
+    want = model.decode(code, query)
+    noise = torch.cat((torch.zeros(1, 12), torch.eye(12))).view(13, 1, 1, 1, 12)
+    middle, *ends = (model.decode(model.draw(code, eps), query) for eps in noise)
+    close(middle.mean, want.mean)
+    var = sum((end.mean - middle.mean).square() for end in ends)
+    close(middle.std.square() + var, want.std.square())
+
+
 def test_the_std_grows_by_its_own_where_the_features_explain_a_curve_badly():
     model = tiny("gp", "transinr")
     x = torch.linspace(-2, 2, 40).view(1, 40, 1)
@@ -1075,9 +1088,9 @@ def test_device_choices(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
         device = tinyinr.choose_device("auto")
         assert (device.name, device.dtype) == want
-        with device.tf32():
-            inside = torch.get_float32_matmul_precision()
-        assert inside == ("high" if device.name == "cuda" else "highest")
+        for task, fast in (("image", device.name == "cuda"), ("gp", False)):  # a regression's not
+            with device.tf32(make_config("small", task)[0]):
+                assert torch.get_float32_matmul_precision() == ("high" if fast else "highest")
         assert torch.get_float32_matmul_precision() == "highest"  # a caller's products stay fp32
     refused("cuda.*cpu or auto", tinyinr.choose_device, "cuda")
 

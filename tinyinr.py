@@ -1249,6 +1249,15 @@ class FeatureGrid:
                 *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
         return code
 
+    def draw(self, code: dict, eps: Tensor) -> dict:
+        """The code of a curve drawn from the posterior, by unit Gaussian noise eps (B, D, 1, F).
+
+        The std that it decodes to is the field's alone.
+        """
+        mean, root = code["posterior"].split([1, self.cfg.n_features], -2)
+        drawn = torch.cat((mean + eps @ root, torch.zeros_like(root)), -2)
+        return code | {"posterior": drawn}
+
     def add_regression(self, raw, code, points):
         if self.regression:
             raw = self.regression.add(raw, code["posterior"], points, self.nodes(code), self.axis,
@@ -1807,11 +1816,14 @@ class Device:
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
 
     @contextlib.contextmanager
-    def tf32(self):
-        """TF32 for the products that autocast leaves in fp32, on a GPU, inside this block alone."""
-        before = torch.get_float32_matmul_precision()
+    def tf32(self, cfg: ModelConfig):
+        """TF32 for the products that autocast leaves in fp32, on a GPU, inside this block alone.
+
+        But of no model with a regression, whose matrices would not be positive definite.
+        """
+        before, fast = torch.get_float32_matmul_precision(), self.dtype and not cfg.n_features
         if self.name == "cuda":
-            torch.set_float32_matmul_precision("high" if self.dtype else "highest")
+            torch.set_float32_matmul_precision("high" if fast else "highest")
         try:
             yield
         finally:
@@ -1962,7 +1974,7 @@ class Run:
         kl_weight = recipe.kl_weight * min(1.0, progress / 0.05)
         for i in range(recipe.grad_accum_steps):
             *piece, eps = (micro_batch(v, i, recipe.grad_accum_steps) for v in (*batch, noise))
-            with self.device.tf32():
+            with self.device.tf32(cfg):
                 losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
                 losses[0].backward()
             sums = sums + losses.detach()

@@ -179,11 +179,11 @@ async function begin() {
   if (typeof WebAssembly != "object") throw Error($("status").dataset.wasm);
   if (location.protocol == "file:") throw Error($("status").dataset.file);
   const about = await (await fetch(await get(`${encodeURIComponent(stem)}.json`))).json();
-  const S = about.config.image_size;
+  const {image_size: S, n_features} = about.config;
   ({task} = about);
   start = example?.view || starts[task];
   for (const e of document.querySelectorAll("[data-for]"))
-    e.toggleAttribute("hidden", !`${task} ${about.model}`.match(e.dataset.for));
+    e.toggleAttribute("hidden", !`${task} ${about.model} ${n_features}`.match(e.dataset.for));
   $("size").value = (task == "nvs" ? 128 : 512) / (about.model == "vnp" ? 2 : 1);  // in seconds
   Object.assign($("input"), {width: S, height: S});
   $("seen").textContent = `${S} × ${S} pixels`;

@@ -99,24 +99,35 @@ const queryOf = {  // the values of pixel (i, j) of h x w
   gp: (view, w) => (i, j) => ({x: [4 * j / (w - 1) - 2]}),
 };
 function sample() {  // the noise of 12 draws of a curve; a picture is drawn without
-  const dims = about.files.decoder.inputs.eps?.shape.map(n => +n || 1), curve = task == "gp";
-  const normal = () => !curve ? 0 :
-    Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
-  const eps = () => dims && [Array.from({length: dims.reduce((a, b) => a * b)}, normal), dims];
-  return Array.from({length: dims && curve ? 12 : 1}, eps);
+  const dims = about.files.decoder.inputs.eps?.shape.map(n => +n || 1);
+  const numbers = dims => Array.from({length: dims.reduce((a, b) => a * b)}, () =>
+    Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()));
+  const latents = () => ({eps: dims && [numbers(dims), dims]});
+  if (task != "gp") return [{eps: dims && [numbers(dims).fill(0), dims]}];
+  const plain = Array.from({length: dims ? 12 : 1}, latents);
+  if (!code.posterior) return plain;
+  const [, values, rows] = code.posterior[1];  // (1, D, 1 + F, F)
+  return [...plain, ...Array.from({length: 12}, () =>
+    ({...latents(), weights: numbers([values, rows - 1])}))];
+}
+function drawn([data, dims], weights) {  // the posterior at one draw: its mean, moved by the root
+  const size = dims[3], n = dims[2] * size, of = k => weights.slice(size * Math.floor(k / n));
+  return [data.map((mean, k) => k % n < size && of(k).slice(0, size).reduce(
+    (sum, w, i) => sum + w * data[k + (i + 1) * size], mean)), dims];
 }
 function cut(size) {  // what is to be drawn into pieces of about 4,096 queries
   const sides = task == "gp" ? noise.map(() => 256) : [task == "nvs" ? 32 : 64, size];
   const whole = about.model == "vnp" && config.latent_pool == "query";  // latents need all queries
   return sides.flatMap((side, pass) => {
     const [w, h] = shape.map(n => Math.max(1, Math.round(n * side / Math.max(...shape))));
-    const n = whole ? h : Math.ceil(4096 / w), eps = noise[pass] || noise[0];
+    const n = whole ? h : Math.ceil(4096 / w), moved = noise[pass] || noise[0];
     return Array.from({length: Math.ceil(h / n)}, (_, k) =>
-      ({w, h, top: k * n, n: Math.min(n, h - k * n), eps}));
+      ({w, h, top: k * n, n: Math.min(n, h - k * n), moved}));
   });
 }
-function decode(view, {w, h, top, n, eps}) {
+function decode(view, {w, h, top, n, moved: {eps, weights}}) {
   const feed = {...code, eps, near: [[about.near], [1]], far: [[about.far], [1]]};
+  if (weights) feed.posterior = drawn(code.posterior, weights);
   const pixel = queryOf[task](view, w, h), query = {};
   for (let i = top; i < top + n; i++) for (let j = 0; j < w; j++)
     for (const [k, v] of Object.entries(pixel(i, j))) (query[k] ||= []).push(...v);
@@ -130,7 +141,8 @@ function picture(w, h, color) {  // color(k, c): channel c of pixel k, 0 to 255
   pen.putImageData(pixels, 0, 0);
   return pen.canvas.transferToImageBitmap();
 }
-function tile([name, {data, dims: [, h, w]}]) {  // red where positive, blue where negative
+function tile([name, {data, dims}]) {  // red where positive, blue where negative
+  const [h, w] = dims.slice(-2);
   const most = 3 * Math.sqrt(data.reduce((sum, v) => sum + v * v, 0) / data.length);
   return {name, picture: picture(w, h, (k, c) =>
     255 - 200 * Math.min(1, Math.max(0, [-data[k], Math.abs(data[k]), data[k]][c] / most)))};
@@ -142,11 +154,12 @@ function safetensors(out) {  // a length, a header in JSON, the numbers
   return new Blob([new BigUint64Array([BigInt(head.length)]), head,
                    ...Object.values(out).map(({data}) => data)]);
 }
-function mixture(draws) {  // mean, and half the width of the 95 % interval
-  const over = f => Array.from(draws[0].mean, (_, i) =>
-    draws.reduce((sum, {mean, std}) => sum + f(mean[i], std[i]), 0) / draws.length);
+function mixture(all) {  // mean, half the width of the 95 % interval, and draws
+  const plain = all.filter((_, i) => !noise[i].weights), draws = all.slice(plain.length);
+  const over = f => Array.from(plain[0].mean, (_, i) =>
+    plain.reduce((sum, {mean, std}) => sum + f(mean[i], std[i]), 0) / plain.length);
   const mean = over(m => m), square = over((m, s) => m * m + s * s);
-  return {mean, draws: draws.map(d => d.mean), eps: noise.map(e => e?.[0]),
+  return {mean, noise, draws: (draws.length ? draws : plain).map(d => d.mean),
     band: mean.map((m, i) => 1.96 * Math.sqrt(Math.max(0, square[i] - m * m)))};
 }
 async function work({id, view, size, anew}) {

@@ -235,17 +235,27 @@ def test_the_page_draws_a_curve_whose_points_come_and_go_by_clicks_and_keys(
     assert browser.js("mean.getBBox().width") > 900  # of 960
     values = browser.js("view.values")
     x, y = torch.tensor([[-0.6, 0.7, 1.0, -0.1], [-0.4, 0.9, 1.0, 0.2]]).view(2, 1, 4, 1)
-    context, eps = {"x": x, "y": y}, torch.zeros(1)
+    context, plain = {"x": x, "y": y}, [n for n in values["noise"] if "weights" not in n]
+    eps = torch.zeros(1)
     if name == "gp-transinr-two":
         context = {"x": x, "y": F.pad(y, (0, 1)), "mask": F.pad(torch.ones_like(y), (0, 1))}
     else:
-        eps = torch.tensor(values["eps"]).view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
+        eps = torch.tensor([n["eps"][0] for n in plain])
+        eps = eps.view(-1, model.cfg.n_blocks, 1, 1, model.cfg.latent)
         assert len(eps) == 12 and eps.std() == pytest.approx(1, abs=0.3)
     code, query = model.encode(context), {"x": torch.linspace(-2, 2, 256)[None, :, None]}
     draws = [model.decode(code, query, eps=e) for e in eps]
     want = evaluation.mixture(tinyinr.Prediction(*map(torch.stack, zip(*draws))))
     close(torch.tensor(values["mean"]), want.mean[0, :, 0], 1e-3)
     close(torch.tensor(values["band"]), 1.96 * want.std[0, :, 0], 1e-3)
+    weights = torch.tensor([n["weights"] for n in values["noise"][len(plain) :]])
+    weights = weights.view(12, 1, model.cfg.n_values, 1, model.cfg.n_features)
+    assert weights.std() == pytest.approx(1, abs=0.3)
+    eps = [torch.tensor(n["eps"][0]).view(model.cfg.n_blocks, 1, 1, -1) if "eps" in n else None
+           for n in values["noise"][len(plain) :]]  # of the latents, too
+    draws = [model.decode(model.draw(code, w), query, e).mean[0, :, 0]
+             for w, e in zip(weights, eps)]
+    close(torch.tensor(values["draws"]), torch.stack(draws), 1e-3)
     assert np.abs(np.array(before) - values["mean"]).max() > 1e-3
 
 
