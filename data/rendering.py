@@ -91,12 +91,13 @@ def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction
     grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
     context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
     draws = sample_curves(model, context, grid, 32, generator(8))
-    band, drawn = Prediction(*(v[0] for v in mixture(draws))), draws.mean[:5, 0]
+    band = Prediction(*(v[0] for v in mixture(draws)))
+    drawn = draws.mean[:5, 0] if len(draws.mean) > 1 else draws.mean[:0, 0]
     if model.cfg.n_features:
         code, shape = model.encode(context), (1, model.cfg.n_values, 1, model.cfg.n_features)
         noise = torch.randn(5, *shape, generator=generator(9)).to(grid)
         drawn = torch.cat([model.decode(model.draw(code, e), {"x": grid}).mean for e in noise])
-    return grid[0], band, drawn[: len(drawn) if len(drawn) > 1 else 0]
+    return grid[0], band, drawn
 
 
 def table_parts(model, table) -> list[tuple]:
