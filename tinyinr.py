@@ -323,6 +323,11 @@ def sample_depths(rays_o: Tensor, near, far, n_points: int, jitter=None) -> Tens
     return z_vals + torch.zeros_like(rays_o[..., :1])  # of every ray and signal
 
 
+def to_fp64(x: Tensor) -> Tensor:
+    """x in fp64, or in fp32 on a device that has none."""
+    return x.double() if x.device.type != "mps" else to_fp32(x)
+
+
 def under_autocast(x: Tensor) -> bool:
     """Whether matrix products on x's device are cast; tensors without data have no autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
@@ -1171,7 +1176,8 @@ class Regression(nn.Module):
     y = phi(x) w + noise, w ~ N(0, s^2), the noise's std is s noise(x), and 1 / s^2 ~ Gamma(nu / 2,
     nu / 2). Given a context the posterior of w has a closed form: observed values are met as
     precisely as the features allow, and where these explain them badly, s and the std grow. What
-    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Always fp32 or longer.
+    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Features may be all but equal:
+    the posterior is computed in fp64, the rest in fp32 or longer.
     """
 
     def __init__(self, cfg: ModelConfig, width: int):
@@ -1195,9 +1201,10 @@ class Regression(nn.Module):
         The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
         """
         with no_autocast(x):
-            phi, noise = self.features(x, *grid)
-            phi, y, mask = phi.unsqueeze(1), *(to_fp32(v).mT.unsqueeze(-1) for v in (y, mask))
-            precision = mask / noise.square().mT.unsqueeze(-1)  # (B, D, N, 1)
+            basis = self.features(x, *grid)
+            phi, noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (*basis, y, mask))
+            phi = phi.squeeze(-1).mT.unsqueeze(1)  # (B, 1, N, F)
+            precision = mask / noise.square()  # (B, D, N, 1)
             weighted = (precision * phi).mT  # (B, D, F, N)
             gram, eye = weighted @ phi, torch.eye(self.sizes[0]).to(phi)
             ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1, or above fp32's error
@@ -1207,7 +1214,8 @@ class Regression(nn.Module):
             misfit = (precision * y.square()).sum(-2) - white.square().sum(-2)  # (B, D, 1)
             nu = self.log_nu.exp()
             s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-2))).sqrt()
-            return torch.cat((white.mT @ root, root * s.unsqueeze(-1)), -2)
+            posterior = torch.cat((white.mT @ root, root * s.unsqueeze(-1)), -2)
+            return posterior.to(basis[0].dtype)
 
     def add(self, raw, posterior, x, *grid) -> Tensor:
         """The field's raw std (..., B, K, D) -> mean, raw std and the mean's variance: 3 D."""
