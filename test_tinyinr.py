@@ -407,7 +407,8 @@ def test_latents_drawn_once_give_the_same_values_as_noise(task, pool, grid):
     z, kl = model.latents(code, query, eps)
     assert z.shape == (2, 3, 1, 5) and (kl == 0).all()
     close(model.decode(code, query, z=z), want := model.decode(code, query, eps))
-    assert (model.decode(code, query).mean - want.mean).abs().max() > 1e-4
+    moved = [(a - b).abs().max() for a, b in zip(model.decode(code, query), want) if b is not None]
+    assert max(moved) > 1e-4  # of curves with a regression the std
     many = model.decode(code, query, torch.stack((torch.zeros_like(eps), eps), 1))
     for one, got in ((model.decode(code, query), 0), (want, 1)):
         close(tinyinr.Prediction(*(v if v is None else v[got] for v in many)), one)
@@ -1023,10 +1024,9 @@ def test_a_target_of_a_known_variance_counts_as_values_drawn_from_it():
     model, (context, query) = tiny("gp", "transinr"), signals("gp")
     target, std = rand(3, 7, 1, seed=4), 0.1 + rand(3, 7, 1, seed=5)
     loss, _ = tinyinr.objective(model, (context, query | {"var": std.square()}, target))
-    noise = torch.randn(2000, 3, 7, 1, generator=tinyinr.generator(1)) * std
-    values = torch.cat((target + noise, target - noise))
+    values = torch.stack((target + std, target - std))  # two values of this mean and variance
     want = -tinyinr.log_likelihood(model(context, query), values).mean()
-    assert float(loss) == pytest.approx(float(want), rel=0.01)
+    close(loss, want)
 
 
 @pytest.mark.parametrize("masked", (False, True))

@@ -1201,21 +1201,20 @@ class Regression(nn.Module):
         The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
         """
         with no_autocast(x):
-            basis = self.features(x, *grid)
-            phi, noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (*basis, y, mask))
-            phi = phi.squeeze(-1).mT.unsqueeze(1)  # (B, 1, N, F)
-            precision = mask / noise.square()  # (B, D, N, 1)
-            weighted = (precision * phi).mT  # (B, D, F, N)
-            gram, eye = weighted @ phi, torch.eye(self.sizes[0]).to(phi)
+            phi, noise = self.features(x, *grid)
+            noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
+            basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
+            weighted = basis.mT * precision  # (B, D, F, N)
+            gram, eye = weighted @ basis, torch.eye(self.sizes[0]).to(basis)
             ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1, or above fp32's error
             lower = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-            white = root @ (weighted @ y)  # (B, D, F, 1)
-            misfit = (precision * y.square()).sum(-2) - white.square().sum(-2)  # (B, D, 1)
+            white = root @ (weighted * y).sum(-1, keepdim=True)  # (B, D, F, 1)
+            misfit = (precision * y.square()).sum(-1) - white.square().sum(-2)  # (B, D, 1)
             nu = self.log_nu.exp()
-            s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-2))).sqrt()
-            posterior = torch.cat((white.mT @ root, root * s.unsqueeze(-1)), -2)
-            return posterior.to(basis[0].dtype)
+            s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-1))).sqrt()
+            mean = (white * root).sum(-2, keepdim=True)
+            return torch.cat((mean, root * s.unsqueeze(-1)), -2).to(phi.dtype)
 
     def add(self, raw, posterior, x, *grid) -> Tensor:
         """The field's raw std (..., B, K, D) -> mean, raw std and the mean's variance: 3 D."""
