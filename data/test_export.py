@@ -97,7 +97,8 @@ def test_exports_agree_with_torch_on_unseen_shapes(exported, name):
     close(got, want, 1e-4)
     for key in {"mask", "near", "far", "eps"} & {*context, *query}:
         other = [{k: v * (k != key) for k, v in given.items()} for given in (context, query)]
-        assert (decoded(model, *other)["mean"] - want["mean"]).abs().max() > 1e-3, key
+        moved = decoded(model, *other)  # the noise of a curve with a regression moves the std
+        assert max((moved[k] - v).abs().max() for k, v in want.items()) > 1e-3, key
 
 
 def test_dimensions_are_free_but_where_the_architecture_or_static_fixes_them(exported):
