@@ -222,10 +222,11 @@ SMALL = {  # (task, model): what differs from the defaults
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_features=64, n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128,
-        latent=16, lr=1e-3, muon_lr=0.01),
+        grid=48, n_convs=5, n_features=64, n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2,
+        hidden=128, latent=16, lr=1e-3, muon_lr=0.01),
     ("gp", "transinr"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_features=64, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3, muon_lr=0.01),
+        grid=48, n_convs=5, n_features=64, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3,
+        muon_lr=0.01),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
         n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
@@ -1826,7 +1827,7 @@ class Device:
     def tf32(self, cfg: ModelConfig):
         """TF32 for the products that autocast leaves in fp32, on a GPU, inside this block alone.
 
-        But of no model with a regression, whose matrices would not be positive definite.
+        But of no model with a regression, which multiplies rounded features by large weights.
         """
         before, fast = torch.get_float32_matmul_precision(), self.dtype and not cfg.n_features
         if self.name == "cuda":
