@@ -1658,23 +1658,24 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     pairs = ((data[i], None) for i, _ in keys) if isinstance(data, Tensor) else data.batches(keys)
     for step, (images, large) in enumerate(pairs, start):
         gens = signal_generators(recipe, step)
-        flip = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < 0.5 * recipe.flip
-        sets, flip = [], flip.to(device)
+        flip = torch.stack([torch.rand(1, generator=g) for g in gens]) < 0.5 * recipe.flip  # (B, 1)
+        flip, coords, target = flip.to(device), [], []
         for i, pixels in enumerate((images,) if large is None else (images, large)):
-            pixels = to_device(pixels, device).float() / 255
-            pixels = torch.where(flip, pixels.flip(-1), pixels) if recipe.flip else pixels
-            n = math.prod(pixels.shape[2:])
-            most = min(n, (recipe.n_queries or cfg.image_size**2) // (1 if large is None else 2))
-            pick = torch.randperm(n, generator=generator(recipe.seed, step, 3, i))[:most]
-            sets.append((pixels, pick.to(device)))  # the same of every image
-        context = {"image": sets[0][0]}
+            (height, width), pixels = pixels.shape[2:], to_device(pixels, device)
+            most = (recipe.n_queries or cfg.image_size**2) // (1 if large is None else 2)
+            pick = torch.randperm(height * width, generator=generator(recipe.seed, step, 3, i))
+            pick = pick[:most].to(device)  # the same of every image, mirrored with it
+            at = torch.where(flip, pick + width - 1 - 2 * (pick % width), pick)  # (B, M)
+            at = at.unsqueeze(1).expand(-1, 3, -1)
+            target.append(pixels.flatten(2).gather(2, at).mT.float() / 255)  # (B, M, 3)
+            coords.append(pixel_grid(height, width, device)[pick])
+        image = to_device(images, device).float() / 255
+        context = {"image": torch.where(flip[..., None, None], image.flip(-1), image)}
         if cfg.masked:
             whole = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < recipe.whole
-            masks = random_masks(sets[0][0], recipe.min_seen, 1.0, gens)
+            masks = random_masks(image, recipe.min_seen, 1.0, gens)
             context["mask"] = masks.masked_fill(whole.to(device), 1.0)
-        coords = [pixel_grid(*p.shape[2:], device)[pick] for p, pick in sets]
-        target = torch.cat([p.flatten(2)[..., pick].mT for p, pick in sets], 1)  # (B, M, 3)
-        yield context, {"coords": torch.cat(coords)[None]}, target
+        yield context, {"coords": torch.cat(coords)[None]}, torch.cat(target, 1)
 
 
 def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", start=0):
