@@ -1207,8 +1207,8 @@ class Regression(nn.Module):
             basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
             weighted = basis.mT * precision  # (B, D, F, N)
             gram, eye = weighted @ basis, torch.eye(self.sizes[0]).to(basis)
-            ridge = 1 + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1, or above fp32's error
-            lower = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).L
+            ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
+            lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
             white = root @ (weighted * y).sum(-1, keepdim=True)  # (B, D, F, 1)
             misfit = (precision * y.square()).sum(-1) - white.square().sum(-2)  # (B, D, 1)
