@@ -223,7 +223,10 @@ class Graph(nn.Module):
 
 
 def lower(graph: Graph, opset: int) -> onnx.ModelProto:
-    """The graph in ONNX, free of stack traces and paths. Errors: RunFailed if a wish isn't met."""
+    """The graph in ONNX, free of stack traces and paths. Errors: RunFailed if a wish isn't met.
+
+    PyTorch traces twice where the model has the len() of a tensor, which makes a batch static.
+    """
     free = tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)}
                  for shape in graph.inputs.values())
     logging.disable(logging.WARNING)  # of PyTorch's exporter and what it calls

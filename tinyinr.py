@@ -602,7 +602,7 @@ class Image(Signal):
         mask, size = context.get("mask"), image.shape[-2:]
         mask = torch.ones_like(image[:, :1]) if mask is None else mask
         grid = pixel_grid(*size, image.device).to(image.dtype).unflatten(0, size)
-        coords = grid[middle, middle].flatten(0, 1).expand(len(image), -1, -1)
+        coords = grid[middle, middle].flatten(0, 1).expand(image.shape[0], -1, -1)
         values = image.masked_fill(mask == 0, 0.0)[..., middle, middle].flatten(2).mT
         return {"coords": coords}, values, mask[:, 0, middle, middle].flatten(1).to(image.dtype)
 
@@ -754,7 +754,7 @@ def inr(code: dict[str, Tensor], x: Tensor, freqs=None, out_bias=None, h0=0.0) -
         raise ValueError(f"{x.shape[-1]} coordinates x {len(freqs)} frequencies give "
                          f"{encoded.shape[-1]} inputs, but the first layer has {n_inputs}: pass "
                          "the freqs of the model")
-    h = h0 + torch.baddbmm(first[:, -1:], encoded.to(first.dtype).expand(len(first), -1, -1),
+    h = h0 + torch.baddbmm(first[:, -1:], encoded.to(first.dtype).expand(first.shape[0], -1, -1),
                            first[:, :-1])  # (B, M, width): b + x W
     for wb in rest:
         h = torch.baddbmm(wb[:, -1:], h.relu_(), wb[:, :-1])
@@ -790,7 +790,7 @@ class TransINR(Model):
     def transform(self, context: dict) -> tuple[Tensor, Tensor]:
         """The Transformer's outputs at the data tokens and at the weight tokens, (B, ., D)."""
         data = self.tokenizer(*self.signal.inputs(context))  # (B, T, D)
-        tokens = torch.cat((data, self.weight_tokens.expand(len(data), -1, -1)), 1)
+        tokens = torch.cat((data, self.weight_tokens.expand(data.shape[0], -1, -1)), 1)
         return self.transformer(tokens).split([data.shape[1], sum(self.tokens_per_layer)], 1)
 
     def encode(self, context: dict) -> dict[str, Tensor]:
@@ -806,7 +806,7 @@ class TransINR(Model):
             x = x.repeat(1, 1, -(-out // x.shape[2]))[..., :out]  # (B, in, out)
             base, bias = self.base[name].split([n, 1])
             w = F.normalize(base * x, dim=1)
-            code[name] = torch.cat((w, bias.expand(len(w), -1, -1).to(w.dtype)), 1)
+            code[name] = torch.cat((w, bias.expand(w.shape[0], -1, -1).to(w.dtype)), 1)
         return code
 
     def field(self, code: dict, points: Tensor, h0: Tensor | float = 0.0) -> Tensor:
@@ -952,7 +952,7 @@ class VNP(Model):
         """Features of the points and their embedded coordinates, both (B, K, D)."""
         tokens = code["tokens"]
         x = positional_encoding(points, self.freqs, self.signal.angle_scale).to(tokens.dtype)
-        e = self.embed(x).expand(len(tokens), -1, -1)
+        e = self.embed(x).expand(tokens.shape[0], -1, -1)
         f = self.initial_features(code, points, e)
         for block in self.cross:  # plain attention where a caller may ask for second derivatives
             f = block(f, e, tokens, fused=not points.requires_grad)
@@ -973,9 +973,9 @@ class VNP(Model):
         weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)
         queries = [pool, query] if pool and target is not None else [pool or query]
         sets = [self.signal.points(q) for q in queries]  # (points, z_vals) of prior and posterior
-        points = torch.cat([p.expand(len(code["tokens"]), -1, -1) for p, _ in sets], 1)
+        points = torch.cat([p.expand(code["tokens"].shape[0], -1, -1) for p, _ in sets], 1)
         sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(code, points)
-        zs, kl = [], torch.zeros(len(f), device=f.device)
+        zs, kl = [], torch.zeros(f.shape[0], device=f.device)
         for i, block in enumerate(self.blocks):
             values = [self.signal.to_prediction(raw, *at).mean
                       for raw, at in zip(block.value(f).split(sizes, -2), sets)]
@@ -1021,7 +1021,7 @@ def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
     inside = ((at > -1) & (at < n)).all(-1, keepdim=True)
     at = at.clamp(0, n - 1)
     low = at.floor().clamp(max=n - 2)
-    first = torch.arange(len(grid), device=grid.device)[:, None] * n**dim
+    first = torch.arange(grid.shape[0], device=grid.device)[:, None] * n**dim
     table, out = grid.flatten(0, 1), 0
     for corner in itertools.product((0, 1), repeat=dim):
         node, index = low + low.new_tensor(corner), 0
@@ -1164,7 +1164,7 @@ class GridCurve(Curve):
 
     def prior_set(self, context):
         x = self.axis(self.cfg.side)[2::4].to(context["y"]).view(1, -1, 1)
-        x = x.expand(len(context["y"]), -1, -1)
+        x = x.expand(context["y"].shape[0], -1, -1)
         return {"x": x}, torch.ones_like(x[..., 0])
 
 
@@ -1192,7 +1192,7 @@ class Regression(nn.Module):
     def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
         """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
         local = self.norm(interpolate(nodes.to(self.log_nu.dtype), x, axis))  # (B, K, width)
-        encoded = positional_encoding(x, freqs).to(local.dtype).expand(len(local), -1, -1)
+        encoded = positional_encoding(x, freqs).to(local.dtype).expand(local.shape[0], -1, -1)
         phi, noise = to_fp32(self.basis(torch.cat((local, encoded), -1))).split(self.sizes, -1)
         return phi * self.sizes[0] ** -0.5, 0.01 + F.softplus(noise - 3)
 
