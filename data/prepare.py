@@ -530,15 +530,17 @@ def pretrained(run, cores):
     path.parent.mkdir(exist_ok=True)
     more = {k: ckpt[k] for k in ("recipe", "step", "elapsed", "data")}
     tinyinr.save(model.half(), path, **more)
-    usual = tinyinr.make_config(recipe.preset, cfg.task, cfg.model)[1].minutes
+    usual, usual_recipe = tinyinr.make_config(recipe.preset, cfg.task, cfg.model)
+    changed = [k for k in vars(cfg) if getattr(cfg, k) != getattr(usual, k)]
     record = {
         "command": f"python tinyinr.py train --task {cfg.task} --model {cfg.model}"
                    + f" --preset {recipe.preset}" * (recipe.preset != "small")
-                   + f" --minutes {recipe.minutes:g}" * (recipe.minutes != usual),
+                   + f" --minutes {recipe.minutes:g}" * (recipe.minutes != usual_recipe.minutes)
+                   + "".join(f" --set {k}={getattr(cfg, k)}" for k in changed),
         "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": recipe.seed,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
         "cores": cores or torch.get_num_threads()}
-    record["part_size"] = {"image": 32, "nvs": 1, "gp": 2}[cfg.task]  # what a test can repeat
+    record["part_size"] = {"image": 8, "nvs": 1, "gp": 2}[cfg.task]  # what a test can repeat
     for key, limit in (("scores", 0), ("part", record["part_size"])):
         data = evaluation.open_data(cfg, ckpt["data"] or None, "test", limit=limit,
                                  zoom=4 if cfg.task == "image" else 1)
