@@ -120,12 +120,17 @@ def _date(cell: str, day_first: bool | None) -> datetime | None:
     return datetime(year, int(month), int(day)) + timedelta(hours=time)
 
 
+def _float(text: str) -> float:
+    """A number; one beyond 1e100 is no measurement: NaN. Errors: ValueError."""
+    value = float(text)
+    return value if abs(value) < 1e100 else math.nan
+
+
 def _value(cell: str, delimiter: str | None, decimal: str, day_first: bool | None):
     """A number (NaN in a gap), a time (Clock), a date, or text."""
     number = cell.translate(SWAP_MARKS) if decimal == "," else cell
     try:
-        value = float(number)
-        return value if abs(value) < 1e100 else math.nan
+        return _float(number)
     except ValueError:
         if len(cell) > 60:
             return cell
@@ -133,8 +138,7 @@ def _value(cell: str, delimiter: str | None, decimal: str, day_first: bool | Non
         minus, *sign, digits, mark, exponent = found.groups("")
         if mark != " " or delimiter not in (None, ","):
             digits = re.sub("[,' \xa0]", "", digits) + exponent.lower().replace("d", "e")
-            value = float("".join(sign)[:1] + digits) * (-1 if minus else 1)
-            return value if abs(value) < 1e100 else math.nan
+            return _float("".join(sign)[:1] + digits) * (-1 if minus else 1)
     if GAP.fullmatch(cell):
         return math.nan
     with contextlib.suppress(ValueError, OverflowError):
@@ -299,13 +303,9 @@ def _refuse_date(cells):
                              "or choose --columns x,y")
 
 
-def _series(lines: list[str], columns: str | None) -> Table:
-    notes = []
-    rows, names, kinds = _grid(lines, notes)
-    chosen, found, left = _choose(columns, names, kinds), [], 0
-    kind, late = float if kinds[chosen[0]] is int else kinds[chosen[0]], 0
-    if columns in (None, "all") and kind is float:
-        _refuse_date(rows[0][: chosen[0]])
+def _points(rows: list[list], chosen: list[int], kind: type, x_name: str) -> tuple[list, int]:
+    """(x, [y]) of every row that has an x of that kind and a y, and how many rows have not."""
+    found, left, late = [], 0, 0
     for row in filter(None, rows):
         x, *y = (row[j] if j < len(row) else math.nan for j in chosen)
         beside = row[chosen[0] + 1 :][:1]
@@ -321,8 +321,28 @@ def _series(lines: list[str], columns: str | None) -> Table:
         elif all(isinstance(v, float) for v in y):
             found.append((x, y))
         else:
-            raise ValueError(f"at {names[chosen[0]]} = {x} stands {str(y)[1:-1][:80]}, which should"
-                             " be numbers; a gap is an empty cell, NaN or NA")
+            raise ValueError(f"at {x_name} = {x} stands {str(y)[1:-1][:80]}, which should be "
+                             "numbers; a gap is an empty cell, NaN or NA")
+    return found, left
+
+
+def _plain_dates(x: list[float]) -> list:
+    """Dates where all numbers are such as 20200131, or 202001; else the numbers."""
+    for low, high, form in ((19e6, 21e6, "%Y%m%d"), (15e4, 22e4, "%Y%m")):
+        if all(low < v < high for v in x):
+            with contextlib.suppress(ValueError):
+                return [datetime.strptime(f"{v:.0f}", form) for v in x]
+    return x
+
+
+def _series(lines: list[str], columns: str | None) -> Table:
+    notes = []
+    rows, names, kinds = _grid(lines, notes)
+    chosen = _choose(columns, names, kinds)
+    kind = float if kinds[chosen[0]] is int else kinds[chosen[0]]
+    if columns in (None, "all") and kind is float:
+        _refuse_date(rows[0][: chosen[0]])
+    found, left = _points(rows, chosen, kind, names[chosen[0]])
     if len(found) < 2:
         raise ValueError(f"{len(found)} row of numbers; a series has two or more")
     notes += [f"rows without x or y, left out: {left}"] * (left > 0)
@@ -330,16 +350,13 @@ def _series(lines: list[str], columns: str | None) -> Table:
     if len(chosen) < len(kinds):
         others = ", ".join(names[j] for j in kinds if j not in chosen)
         notes.append(f"columns that are not read: {others[:200]} (choose by x,y)")
-    for low, high, form in ((19e6, 21e6, "%Y%m%d"), (15e4, 22e4, "%Y%m")):  # 20200131, 202001
-        if kind is float and all(low < x < high for x, _ in found):
-            with contextlib.suppress(ValueError):  # if all are such
-                found = [(datetime.strptime(f"{x:.0f}", form), y) for x, y in found]
-                break
-    origin = min(x for x, _ in found) if isinstance(found[0][0], datetime) else None
-    x = [[(x - origin) / DAY if origin else x] for x, _ in found]
+    x, y = zip(*found)
+    x = _plain_dates(x) if kind is float else x
+    origin = min(x) if isinstance(x[0], datetime) else None
+    x = [[(v - origin) / DAY if origin else v] for v in x]
     if min(x) == max(x):
         raise ValueError(f"{names[chosen[0]]} is {x[0][0]:g} in every row; choose --columns x,y")
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, [y for _, y in found]))
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
     return Table(x, y.nan_to_num(), ~y.isnan(), names[chosen[0]], [names[j] for j in chosen[1:]],
                  origin, notes)
 
