@@ -63,7 +63,7 @@ def tiny(task, model, grid=True, fresh=False, **given) -> torch.nn.Module:
     """A small random model; unless fresh, what starts at 0 is random as well."""
     torch.manual_seed(0)
     grid = GRID[task] if grid is True else int(grid)
-    given = ({"n_features": 12} if grid and task == "gp" else {}) | given
+    given = ({"n_features": 12, "n_harmonics": 3} if grid and task == "gp" else {}) | given
     model = tinyinr.build(ModelConfig(task, model, grid, **SIZES | given)).eval()
     for p in () if fresh else model.parameters():
         if not p.any():
@@ -370,7 +370,7 @@ def test_what_is_under_a_mask_of_0_has_no_influence(name, grid):
 @every_kind
 @every_task
 def test_batched_inr_equals_linear_layers_signal_by_signal(task, grid):
-    model = tiny(task, "transinr", grid, out_bias=0.25, n_features=0)
+    model = tiny(task, "transinr", grid, out_bias=0.25, n_features=0, n_harmonics=0)
     context, query = signals(task)
     code, (points, _) = model.encode(context), model.signal.points(query)
     out = model.field(code, points)

@@ -107,6 +107,7 @@ class ModelConfig(Checked):
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
     n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
+    n_harmonics: int = bounded(0, 0, 256)  # of them: pairs of a sine and a cosine
     # positional encoding
     n_freqs: int = bounded(64, 1)  # frequencies per axis
     freq_top: float = bounded(1024.0, 1.0, 1e6)  # highest frequency over the lowest
@@ -144,6 +145,9 @@ class ModelConfig(Checked):
                              f"{padded} where scenes have a grid")
         if self.n_features and not (self.task == "gp" and self.grid):
             raise ValueError(f"n_features={self.n_features} is for curves with a grid; set it to 0")
+        if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
+            raise ValueError(f"n_harmonics={self.n_harmonics} must be less than half of "
+                             f"n_features={self.n_features}; try {most // 2}")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} x merge={self.merge} must be at most the padded "
                              f"image_size={padded}")
@@ -211,7 +215,8 @@ IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
-              n_queries=24, grad_clip=1.0, rough=0.05)
+              n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
+              n_harmonics=40, lr=1e-3, muon_lr=0.01)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
                hidden=64, latent=32)  # VNP
@@ -222,11 +227,8 @@ SMALL = {  # (task, model): what differs from the defaults
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_features=64, n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2,
-        hidden=128, latent=16, lr=1e-3, muon_lr=0.01),
-    ("gp", "transinr"): CURVES | OURS | dict(
-        grid=48, n_convs=5, n_features=64, n_freqs=32, inr_width=64, n_groups=4, lr=1e-3,
-        muon_lr=0.01),
+        n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
+    ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
         n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
@@ -237,7 +239,7 @@ SMALL = {  # (task, model): what differs from the defaults
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
     "image": dict(grid=0, freq_top=1024.0, zoom=1),
     "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
-    "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, rough=0.0),
+    "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
                 repeats=2, drop_last=True, batch_size=32, n_queries=128, train_views=25,
@@ -1177,24 +1179,35 @@ class Regression(nn.Module):
     y = phi(x) w + noise, w ~ N(0, s^2), the noise's std is s noise(x), and 1 / s^2 ~ Gamma(nu / 2,
     nu / 2). Given a context the posterior of w has a closed form: observed values are met as
     precisely as the features allow, and where these explain them badly, s and the std grow. What
-    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Features may be all but equal:
-    the posterior is computed in fp64, the rest in fp32 or longer.
+    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Some features are waves, whose
+    amplitudes the whole grid tells: a stationary process of that spectrum. Features may be all but
+    equal: the posterior is computed in fp64, the rest in fp32 or longer.
     """
 
     def __init__(self, cfg: ModelConfig, width: int):
         super().__init__()
-        self.sizes = [cfg.n_features, cfg.n_values]
+        self.sizes = [cfg.n_features - 2 * cfg.n_harmonics, cfg.n_values]
         self.norm = nn.LayerNorm(width)
         self.basis = nn.Sequential(nn.Linear(width + 2 * cfg.n_freqs, 128), nn.GELU(),
                                    nn.Linear(128, sum(self.sizes)))
+        self.spectrum = nn.Linear(width, cfg.n_harmonics) if cfg.n_harmonics else None
         self.log_nu = nn.Parameter(torch.tensor(2.0))
 
     def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
         """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
-        local = self.norm(interpolate(nodes.to(self.log_nu.dtype), x, axis))  # (B, K, width)
+        nodes = nodes.to(self.log_nu.dtype)  # (B, n, width)
+        local = self.norm(interpolate(nodes, x, axis))  # (B, K, width)
         encoded = positional_encoding(x, freqs).to(local.dtype).expand(local.shape[0], -1, -1)
         phi, noise = to_fp32(self.basis(torch.cat((local, encoded), -1))).split(self.sizes, -1)
-        return phi * self.sizes[0] ** -0.5, 0.01 + F.softplus(noise - 3)
+        phi = phi * self.sizes[0] ** -0.5
+        if self.spectrum is not None:
+            harmonics = torch.arange(1, self.spectrum.out_features + 1, device=x.device)
+            harmonics = harmonics * (math.pi / 4)  # of a period of 8, twice the range of x
+            amplitude = to_fp32(self.spectrum(self.norm(nodes).mean(1, keepdim=True)))
+            amplitude = (amplitude - 1 - 0.1 * harmonics).exp()  # (B, 1, n_harmonics)
+            waves = positional_encoding(x, harmonics) * amplitude.repeat(1, 1, 2)
+            phi = torch.cat((phi, waves), -1)
+        return phi, 0.01 + F.softplus(noise - 3)
 
     def fit(self, x, y, mask, *grid) -> Tensor:
         """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F).
@@ -1206,7 +1219,7 @@ class Regression(nn.Module):
             noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
             basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
             weighted = basis.mT * precision  # (B, D, F, N)
-            gram, eye = weighted @ basis, torch.eye(self.sizes[0]).to(basis)
+            gram, eye = weighted @ basis, torch.eye(basis.shape[-1]).to(basis)
             ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
             lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)

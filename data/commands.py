@@ -119,7 +119,7 @@ FIELDS = {  # that one task or model alone reads
     "image": "masked merge out_bias flip random_crop zoom min_seen whole",
     "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
            "train_views",
-    "gp": "n_values n_convs n_features kernel rough",
+    "gp": "n_values n_convs n_features n_harmonics kernel rough",
     "transinr": "inr_depth inr_width n_groups",
     "vnp": "cross_depth cross_heads cross_ff n_blocks hidden latent latent_pool kl_weight"}
 
