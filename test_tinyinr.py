@@ -546,6 +546,28 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
     assert not got[..., 2:4].any()
 
 
+@torch.no_grad()
+def test_waves_of_an_rbf_spectrum_have_the_posterior_of_an_rbf_process(length=0.3):
+    """Cosine series of the kernel over a period of 8; its constant is a feature of the MLP."""
+    model = tiny("gp", "transinr", n_features=81, n_harmonics=40)
+    regression, omega = model.regression, torch.arange(1, 41) * math.pi / 4
+    area = length * math.sqrt(2 * math.pi) / 8
+    regression.spectrum.weight.zero_()
+    regression.spectrum.bias.copy_((math.log(2 * area) - (omega * length).square() / 2) / 2
+                                   + 1 + 0.1 * omega)
+    for p in regression.basis[2].parameters():
+        p.zero_()
+    regression.basis[2].bias.copy_(torch.tensor([area**0.5, 3 + math.log(math.expm1(0.09))]))
+    regression.log_nu.fill_(40.0)  # the scale is known
+    x, xt = 4 * rand(2, 9, 1) - 2, 4 * rand(2, 30, 1, seed=1) - 2
+    grid = rand(2, 48, 32), model.axis, model.freqs
+    got = regression.add(torch.zeros(2, 30, 1), regression.fit(
+        x, x.sin(), torch.ones_like(x), *grid), xt, *grid)
+    mean, std = curves.gp_posterior("rbf", x, x.sin(), xt, (length, torch.tensor(1.0), None), 0.1)
+    close(got[..., :1], mean, 2e-3)  # the ridge is 1.0009
+    close((got[..., 2:] + 0.1**2).sqrt(), std, 2e-3)
+
+
 @every_model
 def test_drawn_curves_have_the_posteriors_mean_and_variance(name):
     """A draw is linear in its noise, so unit vectors tell mean and variance exactly."""
