@@ -71,6 +71,7 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "tokens": "what the context has become",
     "grid": "feature grid that the INR reads, interpolated: its nodes, the last axis fastest",
     "posterior": "regression of a curve: mean of the weights, then a root of their covariance",
+    "scale": "regression of a curve: that of its values, and so of its noise",
     "pool": "positions, or their weights, over which the prior of the latents is pooled",
     "mean": "values wanted; colors are not clamped",
     "std": "standard deviation of the values; mean +- 1.96 std is their central 95 % interval",
@@ -95,6 +96,7 @@ def notes(cfg: ModelConfig) -> list[str]:
                 f"views may have any size; trained with {side} x {side} pixels",
                 f"trained with near={cfg.near:g} and far={cfg.far:g}"],
         "gp": ["trained on x in [-2, 2] and y of mean 0 and std about 0.5: standardise your data",
+               "beyond x in [-2, 2] the std is too small",
                "mask 0 pads contexts to one length"],
     }[cfg.task]
     if cfg.task == "nvs" and cfg.grid:

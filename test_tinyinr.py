@@ -531,8 +531,8 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
                "mask": (rand(*shape, seed=2) < 0.7).double()}
     code, xt = model.encode(context), 4 * rand(3, 5, 1, seed=3).double() - 2
     grid = model.nodes(code), model.axis, model.freqs
-    got = regression.add(torch.zeros(3, 5, 2), code["posterior"], xt, *grid)
-    (phi, noise), (target, _) = (regression.features(x, *grid) for x in (context["x"], xt))
+    got = regression.add(torch.zeros(3, 5, 2), code["posterior"], code["scale"], xt, *grid)
+    (phi, noise), (target, noise_at) = (regression.features(x, *grid) for x in (context["x"], xt))
     nu = regression.log_nu.exp()
     for b, d in product(range(3), range(2)):
         seen = context["mask"][b, :, d] == 1
@@ -540,7 +540,8 @@ def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
         k = p @ p.T + noise[b, seen, d].square().diag()
         across = target[b] @ p.T @ k.inverse()
         scale = (nu + y @ k.inverse() @ y) / (nu + len(y))
-        var = scale * (target[b] @ target[b].T - across @ p @ target[b].T).diag()
+        var = scale * ((target[b] @ target[b].T - across @ p @ target[b].T).diag()
+                       + noise_at[b, :, d].square())
         close(got[b, :, d], across @ y, 1e-4)  # the ridge is 1e-6 of the trace
         close(got[b, :, 4 + d], var, 1e-4)
     assert not got[..., 2:4].any()
@@ -561,11 +562,11 @@ def test_waves_of_an_rbf_spectrum_have_the_posterior_of_an_rbf_process(length=0.
     regression.log_nu.fill_(40.0)  # the scale is known
     x, xt = 4 * rand(2, 9, 1) - 2, 4 * rand(2, 30, 1, seed=1) - 2
     grid = rand(2, 48, 32), model.axis, model.freqs
-    got = regression.add(torch.zeros(2, 30, 1), regression.fit(
-        x, x.sin(), torch.ones_like(x), *grid), xt, *grid)
+    code = regression.fit(x, x.sin(), torch.ones_like(x), *grid)
+    got = regression.add(torch.zeros(2, 30, 1), *code, xt, *grid)
     mean, std = curves.gp_posterior("rbf", x, x.sin(), xt, (length, torch.tensor(1.0), None), 0.1)
     close(got[..., :1], mean, 2e-3)  # the ridge is 1.0009
-    close((got[..., 2:] + 0.1**2).sqrt(), std, 2e-3)
+    close(got[..., 2:].sqrt(), std, 2e-3)
 
 
 @every_model
@@ -1266,6 +1267,13 @@ def test_optimization_equals_a_plain_adam_loop():
             adam.step()
         got = {k: v[b] for k, v in refined.items()}
         torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("task, name", (("gp", "transinr"), ("gp", "vnp"), ("image", "vnp")))
+def test_what_optimization_would_harm_is_refused(task, name):
+    model, (context, _) = tiny(task, name), signals(task)
+    refused("only a TransINR of images or scenes", tinyinr.optimize, model, model.encode(context),
+            context, 1)
 
 
 # ------------------------------------------------------------------------- hostile input

@@ -22,7 +22,8 @@ nvs    images (B, V, 3, H, W), poses (B, V, 3, 4),            rays_o, rays_d (B,
 gp     x (B, N, 1), y (B, N, D); mask (B, N) or (B, N, D)     x (B, M, 1)               (B, M, D)
 
 Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centers in (-1, 1). Poses are
-camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. Masks,
+camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. A curve's
+x is in [-2, 2], beyond which its std is too small; its y has mean 0 and a std of about 0.5. Masks,
 near, far and points_per_ray are optional. std has the shape of mean; None: deterministic model.
 In training a query may also have jitter (B, R, P or 1) of the points along rays, mask (B, M, D),
 1 = the target is known, and var (B, M, D), the variance of what the target is the mean of.
@@ -1180,8 +1181,9 @@ class Regression(nn.Module):
     nu / 2). Given a context the posterior of w has a closed form: observed values are met as
     precisely as the features allow, and where these explain them badly, s and the std grow. What
     is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Some features are waves, whose
-    amplitudes the whole grid tells: a stationary process of that spectrum. Features may be all but
-    equal: the posterior is computed in fp64, the rest in fp32 or longer.
+    amplitudes the whole grid tells: a stationary process of that spectrum. Each value has its own
+    w, of mean 0 where none was seen. Features may be all but equal: the posterior is computed in
+    fp64, the rest in fp32 or longer.
     """
 
     def __init__(self, cfg: ModelConfig, width: int):
@@ -1209,10 +1211,11 @@ class Regression(nn.Module):
             phi = torch.cat((phi, waves), -1)
         return phi, 0.01 + F.softplus(noise - 3)
 
-    def fit(self, x, y, mask, *grid) -> Tensor:
-        """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F).
+    def fit(self, x, y, mask, *grid) -> tuple[Tensor, Tensor]:
+        """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F), and s.
 
-        The first row is its mean, the others are R, its covariance R^T R. grid: nodes, axis, freqs.
+        The first row is its mean, the others are R, its covariance R^T R; s is (B, 1, D). grid:
+        nodes, axis, freqs.
         """
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
@@ -1228,13 +1231,16 @@ class Regression(nn.Module):
             nu = self.log_nu.exp()
             s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-1))).sqrt()
             mean = (white * root).sum(-2, keepdim=True)
-            return torch.cat((mean, root * s.unsqueeze(-1)), -2).to(phi.dtype)
+            posterior = torch.cat((mean, root * s.unsqueeze(-1)), -2)
+            return posterior.to(phi.dtype), s.mT.to(phi.dtype)
 
-    def add(self, raw, posterior, x, *grid) -> Tensor:
-        """The field's raw std (..., B, K, D) -> mean, raw std and the mean's variance: 3 D."""
+    def add(self, raw, posterior, s, x, *grid) -> Tensor:
+        """The field's raw std (..., B, K, D) -> mean, raw std and the variance beside it: 3 D."""
         with no_autocast(x):
-            values = self.features(x, *grid)[0].unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
+            phi, noise = self.features(x, *grid)
+            values = phi.unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
+            var = var + (s * noise).square()
             return torch.cat((mean.expand_as(raw), to_fp32(raw), var.expand_as(raw)), -1)
 
 
@@ -1264,16 +1270,16 @@ class FeatureGrid:
         return interpolate(self.nodes(code), points, self.axis)
 
     def observe(self, code, context):
-        """The code, of a curve with the regression's `posterior` (B, D, 1 + F, F) as one entry."""
+        """The code, of a curve with the regression's `posterior` (B, D, 1 + F, F) and `scale`."""
         if self.regression:
-            code["posterior"] = self.regression.fit(
+            code["posterior"], code["scale"] = self.regression.fit(
                 *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
         return code
 
     def draw(self, code: dict, eps: Tensor) -> dict:
         """The code of a curve drawn from the posterior, by unit Gaussian noise eps (B, D, 1, F).
 
-        The std that it decodes to is the field's alone.
+        The std that it decodes to is that of the noise alone.
         """
         mean, root = code["posterior"].split([1, self.cfg.n_features], -2)
         drawn = torch.cat((mean + eps @ root, torch.zeros_like(root)), -2)
@@ -1281,8 +1287,8 @@ class FeatureGrid:
 
     def add_regression(self, raw, code, points):
         if self.regression:
-            raw = self.regression.add(raw, code["posterior"], points, self.nodes(code), self.axis,
-                                      self.freqs)
+            raw = self.regression.add(raw, code["posterior"], code["scale"], points,
+                                      self.nodes(code), self.axis, self.freqs)
         return raw
 
 
@@ -2104,8 +2110,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, 1,024 random targets a step;
     all signals of the batch at once. Returns a new code.
     """
-    if model.cfg.model != "transinr":
-        raise ValueError("a VNP has no generated weights to optimize; use a TransINR")
+    if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
+        raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
     query, values, weight = model.signal.context_as_targets(context)
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
     lr = (2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
