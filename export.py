@@ -96,7 +96,6 @@ def notes(cfg: ModelConfig) -> list[str]:
                 f"views may have any size; trained with {side} x {side} pixels",
                 f"trained with near={cfg.near:g} and far={cfg.far:g}"],
         "gp": ["trained on x in [-2, 2] and y of mean 0 and std about 0.5: standardise your data",
-               "beyond x in [-2, 2] the std is too small",
                "mask 0 pads contexts to one length"],
     }[cfg.task]
     if cfg.task == "nvs" and cfg.grid:

@@ -23,10 +23,10 @@ gp     x (B, N, 1), y (B, N, D); mask (B, N) or (B, N, D)     x (B, M, 1)       
 
 Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centers in (-1, 1). Poses are
 camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. A curve's
-x is in [-2, 2], beyond which its std is too small; its y has mean 0 and a std of about 0.5. Masks,
-near, far and points_per_ray are optional. std has the shape of mean; None: deterministic model.
-In training a query may also have jitter (B, R, P or 1) of the points along rays, mask (B, M, D),
-1 = the target is known, and var (B, M, D), the variance of what the target is the mean of.
+x is in [-2, 2], its y has mean 0 and a std of about 0.5. Masks, near, far and points_per_ray are
+optional. std has the shape of mean; None: deterministic model. In training a query may also have
+jitter (B, R, P or 1) of the points along rays, mask (B, M, D), 1 = the target is known, and var
+(B, M, D), the variance of what the target is the mean of.
 """
 
 import contextlib
