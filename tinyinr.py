@@ -1679,16 +1679,17 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         gens = signal_generators(recipe, step)
         flip = torch.stack([torch.rand(1, generator=g) for g in gens]) < 0.5 * recipe.flip  # (B, 1)
         flip, coords, target = flip.to(device), [], []
-        for i, pixels in enumerate((images,) if large is None else (images, large)):
-            (height, width), pixels = pixels.shape[2:], to_device(pixels, device)
-            most = (recipe.n_queries or cfg.image_size**2) // (1 if large is None else 2)
+        sets = [to_device(v, device) for v in (images, large) if v is not None]
+        for i, pixels in enumerate(sets):
+            height, width = pixels.shape[2:]
+            most = (recipe.n_queries or cfg.image_size**2) // len(sets)
             pick = torch.randperm(height * width, generator=generator(recipe.seed, step, 3, i))
             pick = pick[:most].to(device)  # the same of every image, mirrored with it
             at = torch.where(flip, pick + width - 1 - 2 * (pick % width), pick)  # (B, M)
             at = at.unsqueeze(1).expand(-1, 3, -1)
             target.append(pixels.flatten(2).gather(2, at).mT.float() / 255)  # (B, M, 3)
             coords.append(pixel_grid(height, width, device)[pick])
-        image = to_device(images, device).float() / 255
+        image = sets[0].float() / 255
         context = {"image": torch.where(flip[..., None, None], image.flip(-1), image)}
         if cfg.masked:
             whole = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < recipe.whole
