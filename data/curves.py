@@ -44,21 +44,24 @@ def _cholesky(kernel, x, hyper, noise):
 
 
 def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, rough: float = 0.0):
-    """GP samples y = factor @ white: x in [-2, 2], factor, white, hyper = (length, scale, period).
+    """GP samples y = factor @ white: x in [-2, 2], factor, white, (length, scale, period), noise.
 
-    factor (B, N, N) is that of y's covariance, x and white noise are (B, N, 1); length U[0.1, 0.6],
-    scale U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1). rough: part of the curves whose length is
-    log-uniform in [0.002, 0.1] instead.
+    factor (B, N, N) is that of y's covariance, x and white are (B, N, 1); length U[0.1, 0.6], scale
+    U[0.1, 1], period U[0.1, 0.5], each (B, 1, 1), and the noise's std 0.02. rough: part of the
+    curves, of which half have a log-uniform length in [0.002, 0.1] instead, and half a log-uniform
+    noise in [0.02, 1].
     """
     u = torch.rand(3, batch, 1, 1, generator=gen, dtype=torch.float64)
     length, scale, period = 0.1 + 0.5 * u[0], 0.1 + 0.9 * u[1], 0.1 + 0.4 * u[2]
     x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
     white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    noise = torch.full_like(length, NOISE)
     if rough:
         u = torch.rand(2, batch, 1, 1, generator=gen, dtype=torch.float64)
-        length = torch.where(u[0] < rough, 0.1 * 50 ** -u[1], length)
+        noise = torch.where(u[0] < rough / 2, 50 ** -u[1], noise)
+        length = torch.where((u[0] >= rough / 2) & (u[0] < rough), 0.1 * 50 ** -u[1], length)
     hyper = (length, scale, period)
-    return x, _cholesky(kernel, x, hyper, NOISE), white, hyper
+    return x, _cholesky(kernel, x, hyper, noise), white, hyper, noise
 
 
 def sampler(kernel: str, rough: float = 0.0) -> Callable:
@@ -72,7 +75,7 @@ def sampler(kernel: str, rough: float = 0.0) -> Callable:
 
     def draw(batch: int, points: int, gen: torch.Generator) -> tuple:
         pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
-        x, factor, white, _ = draw_curves(kernels[pick], batch, points, gen, rough)
+        x, factor, white, *_ = draw_curves(kernels[pick], batch, points, gen, rough)
 
         def posterior(given: Tensor) -> tuple[Tensor, Tensor]:
             given = given.unsqueeze(-1).to(white)  # y = factor @ white: these fix their white noise
@@ -93,7 +96,7 @@ def gp_test_sets(kernel: str, count: int, seed: int = 0) -> Iterator:
         gen = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
         n = int(torch.randint(3, MAX_CONTEXT + 1, (), generator=gen))
         m = int(torch.randint(3, 50 - n, (), generator=gen)) if n < MAX_CONTEXT else 3
-        x, factor, white, hyper = draw_curves(kernel, 16, n + m, gen)
+        x, factor, white, hyper, _ = draw_curves(kernel, 16, n + m, gen)
         yield x, factor @ white, hyper, n
 
 

@@ -375,7 +375,7 @@ def test_posterior_and_joint_likelihood_by_numpy(kernel, n, m, x0, y1, formula):
 
 def test_an_unknown_kernel_is_averaged_over_by_its_evidence():
     """By a loop over the kernels of the grid, of a mixture of their exact posteriors."""
-    x, factor, white, _ = curves.draw_curves("rbf", 2, 15, generator(3))
+    x, factor, white, *_ = curves.draw_curves("rbf", 2, 15, generator(3))
     y, logs, moments = factor @ white, [], []
     seen = x[:, :9], y[:, :9]
     for length, scale, noise in product(
@@ -394,32 +394,35 @@ def test_the_generator_picks_one_of_all_kernels():
     for seed in range(6):
         gen = generator(seed)
         kernel = curves.KERNELS[int(torch.randint(3, (), generator=gen))]
-        x, factor, white, _ = curves.draw_curves(kernel, 4000, 5, gen)
+        x, factor, white, *_ = curves.draw_curves(kernel, 4000, 5, gen)
         assert (factor @ white).var().item() == pytest.approx(0.37, abs=0.02)  # E scale^2
         got = curves.sampler("all")(4000, 5, generator(seed))
         assert torch.equal(got[0], x) and torch.equal(got[1], factor @ white) and got[2] is None
 
 
-def test_the_lengths_of_a_part_of_the_curves_go_down():
-    (plain, *others), (length, *same) = (
-        curves.draw_curves("rbf", 4000, 3, generator(0), rough)[3] for rough in (0.0, 0.2))
+def test_a_part_of_the_curves_is_short_or_noisy():
+    (*_, (plain, *others), _), (*_, (length, *same), noise) = (
+        curves.draw_curves("rbf", 8000, 3, generator(0), rough) for rough in (0.0, 0.2))
     assert all(map(torch.equal, others, same)) and plain.min() >= 0.1
-    rough = length < 0.1
-    assert torch.equal(length[~rough], plain[~rough])
-    assert rough.double().mean().item() == pytest.approx(0.2, abs=0.02)
-    assert length[rough].min() >= 0.002 and length[rough].log().quantile(0.5).exp().item() == (
-        pytest.approx((0.002 * 0.1) ** 0.5, rel=0.2))
+    short, noisy = length < 0.1, noise > 0.02
+    assert torch.equal(length[~short], plain[~short]) and (noise[~noisy] == 0.02).all()
+    assert not (short & noisy).any() and 0.002 <= length.min() and noise.max() <= 1
+    for part, values in ((short, length / 0.1), (noisy, noise)):  # from 1/50 to 1
+        assert part.double().mean().item() == pytest.approx(0.1, abs=0.01)
+        assert values[part].log().quantile(0.5).exp().item() == pytest.approx(50**-0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("kernel", curves.KERNELS)
 def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
-    x, y, _, posterior = curves.sampler(kernel, 0.3)(3, 12, generator(5))
-    hyper = curves.draw_curves(kernel, 3, 12, generator(5), 0.3)[3]
+    x, y, _, posterior = curves.sampler(kernel, 1.0)(3, 12, generator(5))
+    hyper, noise = curves.draw_curves(kernel, 3, 12, generator(5), 1.0)[3:]
+    assert 0 < (noise > 0.02).sum() < 3  # some are noisy, the others short
     counts = (2, 5, 9)
     mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
     for i, n in enumerate(counts):
         (x_seen, x_asked), (y_seen, _) = (v[[i]].split((n, 12 - n), 1) for v in (x, y))
-        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, [h[[i]] for h in hyper])
+        hypers = [h[[i]] for h in hyper]
+        want = curves.gp_posterior(kernel, x_seen, y_seen, x_asked, hypers, noise[[i]])
         close((mean[i, n:], var[i, n:].sqrt()), tuple(v[0] for v in want), 1e-6)
         close(mean[i, :n], y[i, :n], 1e-9)
         assert (var[i, :n].abs() < 1e-12).all()
