@@ -414,8 +414,8 @@ def test_a_part_of_the_curves_is_short_or_noisy():
 
 @pytest.mark.parametrize("kernel", curves.KERNELS)
 def test_the_moments_of_drawn_values_are_those_of_the_exact_posterior(kernel):
-    x, y, _, posterior = curves.sampler(kernel, 1.0)(3, 12, generator(5))
-    hyper, noise = curves.draw_curves(kernel, 3, 12, generator(5), 1.0)[3:]
+    x, y, _, posterior = curves.sampler(kernel, 1.0)(3, 12, generator(6))
+    hyper, noise = curves.draw_curves(kernel, 3, 12, generator(6), 1.0)[3:]
     assert 0 < (noise > 0.02).sum() < 3  # some are noisy, the others short
     counts = (2, 5, 9)
     mean, var = posterior(torch.arange(12) < torch.tensor(counts)[:, None])
