@@ -135,7 +135,7 @@ def test_every_field_takes_a_value_or_names_itself_in_one_value_error(config):
     (dict(cross_heads=5), "cross_heads=5 must divide dim=768; try 1"),
     (dict(near=6.0), "near=6.0 must be below far=6.0"),
     (dict(latent_pool="y"), "latent_pool='y' is unknown; choose from context, query"),
-    (dict(patch=200), "patch=200 x merge=1 must be at most the padded image_size=180"),
+    (dict(patch=200), "patch=200 must be at most the padded image_size=180"),
     (dict(task="nvs", grid=9), "grid=9 must be a multiple of the 5 tokens along an axis; try 5")])
 def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
     refused(remedy, ModelConfig, **given)
@@ -179,8 +179,8 @@ def test_every_config_that_is_accepted_gives_a_model_that_runs():
     """Random sizes of patches, tokens and grids: refused at once, or the model gives numbers."""
     rng, n_run = random.Random(0), 0
     choices = dict(
-        image_size=(1, 7, 16, 20), patch=(1, 3, 4, 8, 16), padding=(0, 1, 3), merge=(1, 2, 3),
-        voxels=(2, 3), masked=(False, True), n_convs=(0, 1), cross_heads=(1, 2, 7, 64),
+        image_size=(1, 7, 16, 20), patch=(1, 3, 4, 8, 16), padding=(0, 1, 3), voxels=(2, 3),
+        masked=(False, True), n_convs=(0, 1), cross_heads=(1, 2, 7, 64),
         n_groups=(1, 8, 64), latent_pool=("context", "query"), inr_depth=(1, 2))
     grids = {"image": (0, 2, 3, 4, 5, 6, 8, 10, 20), "nvs": (0, 2, 3, 4, 6), "gp": (
         0, 48, 96, 144, 192, 240)}
@@ -311,10 +311,9 @@ def test_a_block_with_a_bias_by_distance_equals_pytorchs_own_layer():
 
 
 def test_patches_equal_strided_convolutions():
-    tokenizer = tinyinr.PatchTokenizer(3, 32, 4, 1, 16, merge=2)  # 18 // 4 // 2 = 2 patches
+    tokenizer = tinyinr.PatchTokenizer(3, 32, 4, 1, 16)  # 18 // 4 = 4 patches a side
     image, kernel = rand(2, 3, 16, 16), tokenizer.proj.weight.view(-1, 3, 4, 4)
-    patches = F.gelu(F.conv2d(image, kernel, tokenizer.proj.bias, stride=4, padding=1))
-    want = F.conv2d(patches, tokenizer.merge.weight, tokenizer.merge.bias, stride=2)
+    want = F.conv2d(image, kernel, tokenizer.proj.bias, stride=4, padding=1)
     close(tokenizer(image), want.flatten(2).mT + tokenizer.pos)
     refused("15 x 16 pixels, but this model reads 16 x 16", tokenizer, image[:, :, 1:])
 
@@ -475,6 +474,28 @@ def test_upsampled_tokens_lie_where_the_token_does(dim, side, factor):
         assert torch.equal(got[(slice(None), *at)], tokens[:, token, 5 * part : 5 * part + 5])
 
 
+@pytest.mark.parametrize("height, width", ((16, 16), (13, 10), (1, 6)))
+def test_unseen_pixels_get_the_colors_around_them(height, width):
+    """A plane is met by half of its pixels, seen ones stay, one seen pixel gives all of them."""
+    image, mask = rand(2, 3, height, width), (rand(2, 1, height, width, seed=1) < 0.3).float()
+    mask[..., 0, 0] = 1
+    filled = tinyinr.fill_unseen(image * mask, mask)
+    assert torch.equal(filled * mask, image * mask)
+    for pixels, seen, got in zip(image, mask[:, 0] > 0, filled):  # within the range of what is seen
+        assert (got.flatten(1).amin(1) > pixels[:, seen].amin(1) - 1e-6).all()
+        assert (got.flatten(1).amax(1) < pixels[:, seen].amax(1) + 1e-6).all()
+    one = torch.zeros_like(mask)
+    one[..., height // 3, width // 2] = 1
+    close(tinyinr.fill_unseen(image * one, one),
+          (image * one).sum((2, 3), keepdim=True).expand_as(image))
+    assert not tinyinr.fill_unseen(0 * image, 0 * mask).any()
+    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * torch.ones(1, 1, 16, 16)
+    plane = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 16)] * 2, indexing="ij"))
+    plane = torch.cat((plane, plane.mean(0, keepdim=True)))[None]
+    inside = (tinyinr.fill_unseen(plane * board, board) - plane)[..., 2:-2, 2:-2]
+    assert inside.abs().max() < 0.04  # half of a pixel's slope
+
+
 @pytest.mark.parametrize("factor", (2, 3, 5))
 def test_the_grid_of_an_image_is_a_transposed_convolution_that_is_sampled(factor):
     model = tiny("image", "vnp", 4 * factor)
@@ -522,29 +543,37 @@ def test_the_nodes_of_a_curve_are_where_its_tokens_look(n):
         assert moved.nonzero().flatten().tolist() == [i]
 
 
-@every_model
-def test_the_regression_is_the_posterior_of_a_gaussian_process(name):
-    """Of kernel phi(x) phi(x'), in function space; its scale is that of a Student t process."""
+@pytest.mark.parametrize("name, points", (("transinr", 9), ("vnp", 9), ("vnp", 40)))
+def test_the_regression_is_the_posterior_of_a_gaussian_process(name, points):
+    """Of kernel phi(x) phi(x'), in function space; its scale is that of a Student t process.
+
+    So is the evidence of every level of the noise.
+    """
     model = tiny("gp", name, n_values=2).double()
-    regression, shape = model.regression, (3, 9, 2)
-    context = {"x": 4 * rand(3, 9, 1).double() - 2, "y": rand(*shape, seed=1).double(),
+    regression, shape = model.regression, (3, points, 2)
+    regression.log_prior.copy_(torch.tensor([0.0, 0.5, 0.3, -0.2]))
+    context = {"x": 4 * rand(3, points, 1).double() - 2, "y": rand(*shape, seed=1).double(),
                "mask": (rand(*shape, seed=2) < 0.7).double()}
     code, xt = model.encode(context), 4 * rand(3, 5, 1, seed=3).double() - 2
     grid = model.nodes(code), model.axis, model.freqs
     got = regression.add(torch.zeros(3, 5, 2), code["posterior"], code["scale"], xt, *grid)
     (phi, noise), (target, noise_at) = (regression.features(x, *grid) for x in (context["x"], xt))
-    nu = regression.log_nu.exp()
+    nu, levels, found = regression.log_nu.exp(), torch.tensor([1.0, 3, 9, 27]).double(), []
     for b, d in product(range(3), range(2)):
         seen = context["mask"][b, :, d] == 1
         p, y = phi[b, seen], context["y"][b, seen, d]
-        k = p @ p.T + noise[b, seen, d].square().diag()
+        kernels = [p @ p.T + (level * noise[b, seen, d]).square().diag() for level in levels]
+        evidence = torch.stack([-torch.logdet(k) / 2 - (nu + len(y)) / 2 * (
+            nu + y @ k.inverse() @ y).log() for k in kernels]) + regression.log_prior
+        found.append(level := (evidence.softmax(0) @ levels.log()).exp())
+        k = p @ p.T + (level * noise[b, seen, d]).square().diag()
         across = target[b] @ p.T @ k.inverse()
         scale = (nu + y @ k.inverse() @ y) / (nu + len(y))
         var = scale * ((target[b] @ target[b].T - across @ p @ target[b].T).diag()
-                       + noise_at[b, :, d].square())
+                       + (level * noise_at[b, :, d]).square())
         close(got[b, :, d], across @ y, 1e-4)  # the ridge is 1e-6 of the trace
         close(got[b, :, 4 + d], var, 1e-4)
-    assert not got[..., 2:4].any()
+    assert not got[..., 2:4].any() and max(found) > 1.1 * min(found)
 
 
 @torch.no_grad()
@@ -559,7 +588,8 @@ def test_waves_of_an_rbf_spectrum_have_the_posterior_of_an_rbf_process(length=0.
     for p in regression.basis[2].parameters():
         p.zero_()
     regression.basis[2].bias.copy_(torch.tensor([area**0.5, 3 + math.log(math.expm1(0.09))]))
-    regression.log_nu.fill_(40.0)  # the scale is known
+    regression.log_nu.fill_(40.0)  # the scale is known, and the noise
+    regression.log_prior[1:] = -1e9
     x, xt = 4 * rand(2, 9, 1) - 2, 4 * rand(2, 30, 1, seed=1) - 2
     grid = rand(2, 48, 32), model.axis, model.freqs
     code = regression.fit(x, x.sin(), torch.ones_like(x), *grid)
@@ -923,7 +953,7 @@ def test_of_curves_of_two_values_what_is_known_is_context_or_target():
 
 def train_args(task, name, folder, *extra):
     """The command that trains a tiny model of a cell on data of its own."""
-    pairs = SIZES | dict(batch_size=4, n_queries=16, merge=1, grid=GRID[task])
+    pairs = SIZES | dict(batch_size=4, n_queries=16, grid=GRID[task])
     data = {"image": lambda: ("--data", photos(folder / "photos", 12)), "gp": tuple,
             "nvs": lambda: ("--data", balls(folder / "scenes", "0123", "45"))}[task]()
     where = ("--device", DEVICE)  # for processes of their own
@@ -1648,7 +1678,7 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
     rows = []
     for batch, units in ((1, 48), (2, 48), (2, 56)):
         cfg, recipe = make_config("small", task, name, batch_size=batch, n_queries=6, muon_lr=0.0,
-                                  merge=1, grid=GRID[task], **SIZES | {"ff_dim": units})
+                                  grid=GRID[task], **SIZES | {"ff_dim": units})
         with torch.enable_grad():
             rows.append(bench.bench_cell(cfg, recipe, "cpu"))
     one, two, wide = (row["gflop"] * 1e9 for row in rows)

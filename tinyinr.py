@@ -39,7 +39,7 @@ import re
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +103,6 @@ class ModelConfig(Checked):
     patch: int = bounded(9, 1)
     padding: int = bounded(1)
     masked: bool = False  # images: the model also reads which pixels were seen
-    merge: int = bounded(1, 1, 64)  # images: merge x merge patches become one token
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
@@ -150,8 +149,7 @@ class ModelConfig(Checked):
             raise ValueError(f"n_harmonics={self.n_harmonics} must be less than half of "
                              f"n_features={self.n_features}; try {most // 2}")
         if self.side < 1:
-            raise ValueError(f"patch={self.patch} x merge={self.merge} must be at most the padded "
-                             f"image_size={padded}")
+            raise ValueError(f"patch={self.patch} must be at most the padded image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
             raise ValueError(f"grid={self.grid} must be a multiple of the {self.side} tokens along "
                              f"an axis; try {max(2, self.side) if self.side <= 256 else 0}")
@@ -163,7 +161,7 @@ class ModelConfig(Checked):
             return SET_POINTS // SET_STRIDE
         if self.task == "nvs" and self.grid:
             return self.voxels
-        return (self.image_size + 2 * self.padding) // self.patch // self.merge
+        return (self.image_size + 2 * self.padding) // self.patch
 
     @property
     def n_tokens(self) -> int:
@@ -231,8 +229,8 @@ SMALL = {  # (task, model): what differs from the defaults
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
-        grid=32, patch=4, merge=2, masked=True, freq_top=8.0, zoom=4, batch_size=8,
-        n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
+        n_heads=2, head_dim=64, ff_dim=512, grid=32, patch=8, masked=True, freq_top=8.0, zoom=4,
+        batch_size=8, n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
@@ -434,28 +432,22 @@ class PatchTokenizer(nn.Module):
     """Image (B, C, S, S) -> tokens (B, T, D): disjoint patches and a linear map ([1] Sec. 4).
 
     image_size: the side S that learned position embeddings are for; 0: any size, no positions.
-    merge > 1: a strided projection joins merge x merge patches, the bottleneck of [2] Sec. 3.2.
     """
 
-    def __init__(self, channels: int, dim: int, patch: int, padding=0, image_size=0, merge=1):
+    def __init__(self, channels: int, dim: int, patch: int, padding=0, image_size=0):
         super().__init__()
         self.patch, self.padding, self.image_size = patch, padding, image_size
         self.proj = nn.Linear(channels * patch**2, dim)
-        self.merge = nn.Conv2d(dim, dim, merge, merge) if merge > 1 else None
-        n_tokens = ((image_size + 2 * padding) // patch // merge) ** 2
+        n_tokens = ((image_size + 2 * padding) // patch) ** 2
         self.pos = nn.Parameter(torch.randn(n_tokens, dim)) if image_size else None
 
     def forward(self, image):
-        height, width = image.shape[-2:]
-        if self.image_size and (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"an image of {height} x {width} pixels, but this model reads "
-                             f"{self.image_size} x {self.image_size}: resize it")
+        size = self.image_size
+        if size and image.shape[-2:] != (size, size):
+            raise ValueError("an image of {} x {} pixels".format(*image.shape[-2:])
+                             + f", but this model reads {size} x {size}: resize it")
         patches = F.unfold(image, self.patch, padding=self.padding, stride=self.patch)
         x = self.proj(patches.transpose(1, 2).to(self.proj.weight.dtype))  # (B, T, D)
-        if self.merge is not None:
-            side = [(n + 2 * self.padding) // self.patch for n in (height, width)]
-            x = F.gelu(x).transpose(1, 2).unflatten(2, side)  # (B, D, H / patch, W / patch)
-            x = self.merge(x).flatten(2).transpose(1, 2)
         return x if self.pos is None else x + self.pos
 
 
@@ -586,8 +578,7 @@ class Image(Signal):
 
     def tokenizer(self):
         cfg = self.cfg
-        return PatchTokenizer(3 + cfg.masked, cfg.dim, cfg.patch, cfg.padding, cfg.image_size,
-                              cfg.merge)
+        return PatchTokenizer(3 + cfg.masked, cfg.dim, cfg.patch, cfg.padding, cfg.image_size)
 
     def inputs(self, context):
         image, mask = context["image"], context.get("mask")
@@ -1090,8 +1081,24 @@ class VoxelTokenizer(RayTokenizer):
 
 def patch_axis(cfg: ModelConfig, n: int) -> Tensor:
     """Centers (n,) of n equal parts of the patches along a side, in image coordinates."""
-    pixels = (cfg.image_size + 2 * cfg.padding) // cfg.patch // cfg.merge * cfg.merge * cfg.patch
+    pixels = (cfg.image_size + 2 * cfg.padding) // cfg.patch * cfg.patch
     return ((torch.arange(n) + 0.5) * pixels / n - cfg.padding) * 2 / cfg.image_size - 1
+
+
+def fill_unseen(image: Tensor, mask: Tensor) -> Tensor:
+    """Give every unseen pixel (mask 0) the mean color of the seen ones around it.
+
+    Of the smallest of the blocks of 2, 4, 8, ... pixels a side that has any; interpolated between
+    blocks. image (B, 3, H, W), 0 where unseen, mask (B, 1, H, W); an image of nothing stays 0.
+    """
+    height, width = image.shape[-2:]
+    if max(height, width) == 1:
+        return image
+    even = F.pad(torch.cat((image, mask), 1), (0, width % 2, 0, height % 2))
+    color, part = F.avg_pool2d(even, 2).split([3, 1], 1)  # part of the block that is seen
+    color = fill_unseen(color / part.clamp(min=1e-6), (part > 0).to(mask.dtype))
+    color = F.interpolate(color, scale_factor=2.0, mode="bilinear")[..., :height, :width]
+    return torch.where(mask > 0, image, color)
 
 
 class GridImage(Image):
@@ -1102,6 +1109,13 @@ class GridImage(Image):
     """
 
     min_std = 0.003
+
+    def inputs(self, context):
+        (x,) = super().inputs(context)
+        if self.cfg.masked:
+            color, mask = x.split([3, 1], 1)
+            x = torch.cat((fill_unseen(color, mask), mask), 1)
+        return (x,)
 
     def error(self, prediction, target):
         if prediction.std is None:
@@ -1127,7 +1141,7 @@ class GridScene(Scene):
         return torch.linspace(-1, 1, n + 2)[1:-1]
 
     def tokenizer(self):
-        cfg = replace(self.cfg, merge=1)  # views have no merge
+        cfg = self.cfg
         side = (cfg.image_size + 2 * cfg.padding) // cfg.patch
         return VoxelTokenizer(cfg, self.axis(cfg.voxels), patch_axis(cfg, side))
 
@@ -1178,14 +1192,17 @@ GRID_SIGNALS = {"image": GridImage, "nvs": GridScene, "gp": GridCurve}
 class Regression(nn.Module):
     """Exact Bayesian linear regression of a curve's values on learned features of its grid and x.
 
-    y = phi(x) w + noise, w ~ N(0, s^2), the noise's std is s noise(x), and 1 / s^2 ~ Gamma(nu / 2,
-    nu / 2). Given a context the posterior of w has a closed form: observed values are met as
-    precisely as the features allow, and where these explain them badly, s and the std grow. What
-    is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). Some features are waves, whose
-    amplitudes the whole grid tells: a stationary process of that spectrum. Each value has its own
-    w, of mean 0 where none was seen. Features may be all but equal: the posterior is computed in
-    fp64, the rest in fp32 or longer.
+    y = phi(x) w + noise, w ~ N(0, s^2), the noise's std is s level noise(x), and 1 / s^2 ~
+    Gamma(nu / 2, nu / 2). Given a context the posterior of w has a closed form: observed values are
+    met as precisely as the features allow, and where these explain them badly, s and the std grow.
+    What is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). The level is inferred: the
+    geometric mean of LEVELS, weighted by their evidence in the context and a learned prior. Some
+    features are waves, whose amplitudes the whole grid tells: a stationary process of that
+    spectrum. Each value has its own w, of mean 0 where none was seen. Features may be all but
+    equal: the posterior is computed in fp64, the rest in fp32 or longer.
     """
+
+    LEVELS = (1.0, 3.0, 9.0, 27.0)
 
     def __init__(self, cfg: ModelConfig, width: int):
         super().__init__()
@@ -1195,6 +1212,7 @@ class Regression(nn.Module):
                                    nn.Linear(128, sum(self.sizes)))
         self.spectrum = nn.Linear(width, cfg.n_harmonics) if cfg.n_harmonics else None
         self.log_nu = nn.Parameter(torch.tensor(2.0))
+        self.log_prior = nn.Parameter(-2 * torch.tensor(self.LEVELS).log())
 
     def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
         """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
@@ -1213,27 +1231,48 @@ class Regression(nn.Module):
         return phi, 0.01 + F.softplus(noise - 3)
 
     def fit(self, x, y, mask, *grid) -> tuple[Tensor, Tensor]:
-        """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F), and s.
+        """Posterior of w given a context (B, N, 1), (B, N, D), (B, N, D): (B, D, 1 + F, F).
 
-        The first row is its mean, the others are R, its covariance R^T R; s is (B, 1, D). grid:
-        nodes, axis, freqs.
+        The first row is its mean, the others are R, its covariance R^T R. And the scale of the
+        noise, s level (B, 1, D). grid: nodes, axis, freqs.
         """
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
-            noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
-            basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
-            weighted = basis.mT * precision  # (B, D, F, N)
-            gram, eye = weighted @ basis, torch.eye(basis.shape[-1]).to(basis)
-            ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
+            noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (noise, y, mask))  # (B, D, N, 1)
+            basis, y = to_fp64(phi).unsqueeze(1) * (mask / noise), y * (mask / noise)
+            nu, count = self.log_nu.exp(), mask.sum(-2, keepdim=True)  # (B, D, 1, 1)
+            level = self.noise_level(basis, y, nu, count)
+            basis, y = basis / level, y / level  # all in units of the noise
+            gram, eye = basis.mT @ basis, torch.eye(basis.shape[-1]).to(basis)
+            ridge = 1 + 1e-6 * basis.square().sum((-2, -1), keepdim=True)  # above fp32's error
             lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-            white = root @ (weighted * y).sum(-1, keepdim=True)  # (B, D, F, 1)
-            misfit = (precision * y.square()).sum(-1) - white.square().sum(-2)  # (B, D, 1)
-            nu = self.log_nu.exp()
-            s = ((nu + misfit.clamp(min=0)) / (nu + mask.sum(-1))).sqrt()
-            mean = (white * root).sum(-2, keepdim=True)
-            posterior = torch.cat((mean, root * s.unsqueeze(-1)), -2)
-            return posterior.to(phi.dtype), s.mT.to(phi.dtype)
+            white = root @ (basis.mT @ y)  # (B, D, F, 1)
+            misfit = y.square().sum(-2) - white.square().sum(-2)  # (B, D, 1)
+            s = ((nu + misfit.clamp(min=0).unsqueeze(-1)) / (nu + count)).sqrt()
+            posterior = torch.cat(((white * root).sum(-2, keepdim=True), root * s), -2)
+            return posterior.to(phi.dtype), (s * level).squeeze(-1).mT.to(phi.dtype)
+
+    def noise_level(self, basis, y, nu, count) -> Tensor:
+        """The noise over noise(x), (B, D, 1, 1); basis (B, D, N, F), y (B, D, N, 1) over noise(x).
+
+        The evidence of a level is the density of y in the space of N values, or of F features,
+        whichever is smaller; a graph has a fixed number of features only.
+        """
+        levels = basis.new_tensor(self.LEVELS).view(-1, 1, 1, 1, 1)
+        by_values = not torch.compiler.is_exporting() and basis.shape[-2] < basis.shape[-1]
+        gram, known = (basis @ basis.mT, y / levels) if by_values else (
+            basis.mT @ basis, basis.mT @ y / levels.square())
+        eye = torch.eye(gram.shape[-1]).to(basis)
+        lower = torch.linalg.cholesky_ex(eye + gram / levels.square()).L  # (T, B, D, ., .)
+        white = torch.linalg.solve_triangular(lower, known, upper=False)
+        misfit = white.square().sum(-2, keepdim=True)
+        if not by_values:
+            misfit = (y / levels).square().sum(-2, keepdim=True) - misfit
+        half_log_det = (lower * eye).sum(-1).log().sum(-1)[..., None, None]
+        log_evidence = (-half_log_det - count * levels.log()
+                        - (nu + count) / 2 * (nu + misfit).log() + self.log_prior.view_as(levels))
+        return (log_evidence.softmax(0) * levels.log()).sum(0).exp()
 
     def add(self, raw, posterior, s, x, *grid) -> Tensor:
         """The field's raw std (..., B, K, D) -> mean, raw std and the variance beside it: 3 D."""

@@ -45,7 +45,10 @@ def symbol(name: str, *tensors: Tensor) -> Tensor:
 
 
 def expand_linalg(proto: onnx.ModelProto):
-    """Write Solve(Cholesky(a), b) = l^-1 b, where l l^T = a, as Gaussian elimination of [a | b]."""
+    """Write Solve(Cholesky(a), b) = l^-1 b, where l l^T = a, as Gaussian elimination of [a | b].
+
+    It ends with [l^T | l^-1 b]: l itself may be read too, after a Solve.
+    """
     body, nodes, made = proto.graph, [], {}
 
     def add(kind, *inputs, outputs=1, **attributes):
@@ -62,6 +65,7 @@ def expand_linalg(proto: onnx.ModelProto):
 
     shapes = {v.name: v.type.tensor_type.shape.dim for v in body.value_info}
     factored = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Cholesky"}
+    read = {k for n in body.node if n.op_type != "Solve" for k in n.input}
     for node in body.node:
         if node.op_type == "Solve":
             a, b = factored[node.input[0]], node.input[1]
@@ -75,9 +79,13 @@ def expand_linalg(proto: onnx.ModelProto):
                 rows.append(add("Div", row, add("Sqrt", pivot)))
                 if k < n - 1:
                     rest = add("Sub", rest, add("Mul", add("Div", column, pivot), row))
-            rows = add("Concat", *rows, axis=-2)
+            rows, axes = add("Concat", *rows, axis=-2), len(shapes[node.input[0]])
             nodes.append(make_node("Slice", [rows, *map(constant, ((n,), (2**31,), (-1,)))],
                                    node.output))
+            if node.input[0] in read:
+                rows = add("Slice", rows, (0,), (n,), (-1,))
+                nodes.append(make_node("Transpose", [rows], node.input[:1],
+                                       perm=[*range(axes - 2), axes - 1, axes - 2]))
         elif node.op_type != "Cholesky":
             nodes.append(node)
     replace(body.node, nodes)

@@ -26,7 +26,7 @@ from test_tinyinr import PARITY, ROOT, balls, check_picture, full_disk, picture_
 
 EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
     "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
-    "image-vnp": (dict(task="image", model="vnp", masked=True, merge=2), []),
+    "image-vnp": (dict(task="image", model="vnp", masked=True), []),
     "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
     "nvs-vnp": (dict(task="nvs", model="vnp"), ["--opset", "18"]),
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
