@@ -1812,16 +1812,16 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
 
     draw(batch, points, generator) -> x (B, N, 1), y (B, N, D) of random curves; a mask (B, N, D)
     or None, where no value is missing; and where it is known, posterior(given (B, N)) -> mean and
-    variance (B, N, D) of every value, given some: then these are the targets. Every curve has 3 to
-    46 context points of its own, as a mask says; n_queries 0: all have the same, and fewer than 50
-    points in all ([2], as TNP). D > 1: up to WINDOW points in all, and half of the curves show one
+    variance (B, N, D) of every value, given some: then these are the targets. Every curve has up to
+    46 context points of its own, as a mask says; n_queries 0: all have the same number from 3 on,
+    and fewer than 50 points in all ([2], as TNP). D > 1: up to WINDOW points in all, and half of the curves show one
     value at all points.
     """
     mine, size, d = rank_slice(recipe.batch_size), recipe.batch_size, cfg.n_values
     most = MAX_CONTEXT if d == 1 else WINDOW - (recipe.n_queries or 3)
     for step in itertools.count(start):
         gen = generator(recipe.seed, step, 3)
-        counts = torch.randint(3, most + 1, (size, 1), generator=gen)
+        counts = torch.randint(0 if recipe.n_queries else 3, most + 1, (size, 1), generator=gen)
         n, m = int(counts.max()), recipe.n_queries
         if not m:
             n = int(counts[0])
