@@ -71,7 +71,7 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "tokens": "what the context has become",
     "grid": "feature grid that the INR reads, interpolated: its nodes, the last axis fastest",
     "posterior": "regression of a curve: mean of the weights, then a root of their covariance",
-    "scale": "regression of a curve: that of its values, and so of its noise",
+    "scale": "regression of a curve: of the noise",
     "pool": "positions, or their weights, over which the prior of the latents is pooled",
     "mean": "values wanted; colors are not clamped",
     "std": "standard deviation of the values; mean +- 1.96 std is their central 95 % interval",

@@ -206,7 +206,7 @@ class TrainConfig(Checked):
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all")  # curves: of the training functions
-    rough: float = bounded(0.0, 0, 1)  # curves: part of a length from 0.002 to 0.1
+    rough: float = bounded(0.0, 0, 1)  # curves: part that is short (0.002 to 0.1) or noisy
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
@@ -1196,10 +1196,10 @@ class Regression(nn.Module):
     Gamma(nu / 2, nu / 2). Given a context the posterior of w has a closed form: observed values are
     met as precisely as the features allow, and where these explain them badly, s and the std grow.
     What is learned is phi, noise and nu (ALPaCA, Harrison et al., 2018). The level is inferred: the
-    geometric mean of LEVELS, weighted by their evidence in the context and a learned prior. Some
-    features are waves, whose amplitudes the whole grid tells: a stationary process of that
-    spectrum. Each value has its own w, of mean 0 where none was seen. Features may be all but
-    equal: the posterior is computed in fp64, the rest in fp32 or longer.
+    geometric mean of LEVELS, weighted by their evidence in the context. Some features are waves,
+    whose amplitudes the whole grid tells: a stationary process of that spectrum. Each value has its
+    own w, of mean 0 where none was seen. Features may be all but equal: the posterior is computed
+    in fp64, the rest in fp32 or longer.
     """
 
     LEVELS = (1.0, 3.0, 9.0, 27.0)
@@ -1212,7 +1212,6 @@ class Regression(nn.Module):
                                    nn.Linear(128, sum(self.sizes)))
         self.spectrum = nn.Linear(width, cfg.n_harmonics) if cfg.n_harmonics else None
         self.log_nu = nn.Parameter(torch.tensor(2.0))
-        self.log_prior = nn.Parameter(-2 * torch.tensor(self.LEVELS).log())
 
     def features(self, x, nodes, axis, freqs) -> tuple[Tensor, Tensor]:
         """phi (B, K, F) and noise (B, K, D) at points x (B or 1, K, 1) of the grid's nodes."""
@@ -1271,16 +1270,16 @@ class Regression(nn.Module):
             misfit = (y / levels).square().sum(-2, keepdim=True) - misfit
         half_log_det = (lower * eye).sum(-1).log().sum(-1)[..., None, None]
         log_evidence = (-half_log_det - count * levels.log()
-                        - (nu + count) / 2 * (nu + misfit).log() + self.log_prior.view_as(levels))
+                        - (nu + count) / 2 * (nu + misfit).log())
         return (log_evidence.softmax(0) * levels.log()).sum(0).exp()
 
-    def add(self, raw, posterior, s, x, *grid) -> Tensor:
+    def add(self, raw, posterior, scale, x, *grid) -> Tensor:
         """The field's raw std (..., B, K, D) -> mean, raw std and the variance beside it: 3 D."""
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
             values = phi.unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
-            var = var + (s * noise).square()
+            var = var + (scale * noise).square()
             return torch.cat((mean.expand_as(raw), to_fp32(raw), var.expand_as(raw)), -1)
 
 
