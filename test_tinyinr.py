@@ -609,6 +609,8 @@ def test_drawn_curves_have_the_posteriors_mean_and_variance(name):
     close(middle.mean, want.mean)
     var = sum((end.mean - middle.mean).square() for end in ends)
     close(middle.std.square() + var, want.std.square())
+    refused("n_features=0: no regression to draw curves from",
+            tiny("gp", name, n_features=0, n_harmonics=0).draw, code, noise[0])
 
 
 def test_the_std_grows_by_its_own_where_the_features_explain_a_curve_badly():

@@ -1318,8 +1318,10 @@ class FeatureGrid:
     def draw(self, code: dict, eps: Tensor) -> dict:
         """The code of a curve drawn from the posterior, by unit Gaussian noise eps (B, D, 1, F).
 
-        The std that it decodes to is that of the noise alone.
+        The std that it decodes to is that of the noise alone. ValueError without a regression.
         """
+        if not self.regression:
+            raise ValueError(f"n_features={self.cfg.n_features}: no regression to draw curves from")
         mean, root = code["posterior"].split([1, self.cfg.n_features], -2)
         drawn = torch.cat((mean + eps @ root, torch.zeros_like(root)), -2)
         return code | {"posterior": drawn}
