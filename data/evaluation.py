@@ -18,8 +18,9 @@ from data import curves
 from data.images import ImageSet, nearest_filling
 from data.runs import track
 from data.scenes import SceneSet
-from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, log_likelihood, optimize,
-                     pixel_grid, predict, psnr, random_masks, rank_and_world_size, to_device)
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, fill_unseen, generator, log_likelihood,
+                     optimize, pixel_grid, predict, psnr, random_masks, rank_and_world_size,
+                     to_device)
 
 
 def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1, targets=True):
@@ -154,14 +155,20 @@ def evaluate(model, cases, tto: int = 0) -> dict:
     for i, (context, query, target, label, numbers, large) in shard(cases):
         code = encode_for(model, context, tto)
         prediction = predict(model, code, query)
-        mean = prediction.mean.view(target.shape)
-        scores = {"psnr": psnr(mean, target), "psnr_unclamped": psnr(mean, target, clamp=False)}
+        mean, asked = prediction.mean.view(target.shape), torch.ones_like(target[..., :1])
+        if "mask" in context:  # of the unseen pixels alone
+            asked = 1 - context["mask"].flatten(2).mT.unsqueeze(1)
+        part = asked.mean((-2, -1))
+        quality = lambda values, **how: (
+            psnr(torch.where(asked > 0, values, target), target, **how) + 10 * part.log10())
+        scores = {"psnr": quality(mean), "psnr_unclamped": quality(mean, clamp=False)}
         if prediction.std is not None:
             inside = (mean - target).abs() < curves.CENTRAL_95 * prediction.std.view(target.shape)
-            scores["coverage"] = inside.float().mean((-2, -1))
+            scores["coverage"] = (inside * asked).mean((-2, -1)) / part
         if "mask" in context:
-            filled = nearest_filling(context["image"], context["mask"])
-            scores["nearest"] = psnr(filled[:, None], target)
+            scores["nearest"] = quality(nearest_filling(context["image"], context["mask"])[:, None])
+            filled = fill_unseen(context["image"] * context["mask"], context["mask"])
+            scores["filled"] = quality(filled.flatten(2).mT.unsqueeze(1))
         if "images" in context:
             view = context["images"][:, :1].flatten(3).transpose(2, 3)
             scores["white"] = psnr(torch.ones_like(target), target)
@@ -278,10 +285,12 @@ def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 5
 
 
 LEGEND = {
-    "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error",
+    "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error; where "
+            "pictures are seen in part, of the other pixels alone",
     "psnr_unclamped": "the same of values as they are",
     "coverage": "part of the values within 1.96 predicted std of the mean",
     "nearest": "dB of every pixel with the color of the nearest seen one",
+    "filled": "dB of every pixel with the mean color of the seen ones around it",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",
     "large_bicubic": "the same of its own small picture enlarged",
