@@ -1437,6 +1437,27 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
 
 
+def test_of_an_image_that_is_seen_in_part_the_other_pixels_are_scored(tmp_path):
+    """Error, coverage and baselines, pixel by pixel; what is seen of the filling is exact."""
+    model = tiny("image", "vnp", masked=True)
+    case = list(evaluation.image_cases(model, images.ImageSet(photos(tmp_path, 3), "all", 16)))[1]
+    assert case.label.endswith("10% seen")
+    row = evaluation.evaluate(model, [case])[case.label]
+    image, mask = case.context["image"], case.context["mask"].bool()
+    mean, std = (v.clone() for v in model(case.context, case.query))
+    filled = tinyinr.fill_unseen(image * mask, mask.float()).flatten(2).mT
+    nearest = images.nearest_filling(image, mask.float())
+    want = {k: [] for k in ("psnr", "coverage", "filled", "nearest")}
+    for b in range(3):
+        unseen, truth = ~mask[b].flatten(), image[b].flatten(1).T
+        for k, values in ("psnr", mean), ("filled", filled), ("nearest", nearest):
+            off = (values[b].clamp(0, 1) - truth)[unseen]
+            want[k].append(-10 * math.log10(off.square().mean()))
+        inside = (mean[b] - truth).abs() < 1.96 * std[b]
+        want["coverage"].append(float(inside[unseen].float().mean()))
+    assert row == pytest.approx(row | {k: np.mean(v) for k, v in want.items()}, abs=1e-3)
+
+
 def test_standard_errors_count_the_values_of_a_unit_once():
     """Of equally many values they are that of the means of three units; two parts have each."""
     values = rand(2, 3, 2, 4)
