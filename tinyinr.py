@@ -214,7 +214,7 @@ IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
-              n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
+              n_queries=24, grad_clip=1.0, rough=0.03, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
@@ -254,7 +254,8 @@ PRESETS = {
     "vnp-shapenet": {("nvs", "vnp"): SHAPENET | dict(
         dim=512, n_heads=8, ff_dim=1024, kl_weight=1e-3, latent_pool="query")},
     "vnp-gp": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
-        n_convs=10, depth=4, minutes=45.0, lr=6e-4, muon_lr=0.006, warmup=200)},
+        n_convs=10, depth=4, rough=0.05, minutes=45.0, lr=6e-4, muon_lr=0.006,
+        warmup=200)},
 }
 
 
@@ -1249,8 +1250,8 @@ class Regression(nn.Module):
             white = root @ (basis.mT @ y)  # (B, D, F, 1)
             misfit = y.square().sum(-2) - white.square().sum(-2)  # (B, D, 1)
             s = ((nu + misfit.clamp(min=0).unsqueeze(-1)) / (nu + count)).sqrt()
-            posterior = torch.cat(((white * root).sum(-2, keepdim=True), root * s), -2)
-            return posterior.to(phi.dtype), (s * level).squeeze(-1).mT.to(phi.dtype)
+            mean, root, s, level = (v.to(phi.dtype) for v in (white.mT @ root, root, s, level))
+            return torch.cat((mean, root * s), -2), (s * level).squeeze(-1).mT
 
     def noise_level(self, basis, y, nu, count) -> Tensor:
         """The noise over noise(x), (B, D, 1, 1); basis (B, D, N, F), y (B, D, N, 1) over noise(x).
