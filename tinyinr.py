@@ -214,7 +214,7 @@ IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
-              n_queries=24, grad_clip=1.0, rough=0.03, grid=48, n_convs=5, n_features=104,
+              n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
 MLP = dict(n_heads=2, ff_dim=512, inr_width=64, n_groups=4)  # TransINR
 DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, n_blocks=2,
@@ -254,8 +254,7 @@ PRESETS = {
     "vnp-shapenet": {("nvs", "vnp"): SHAPENET | dict(
         dim=512, n_heads=8, ff_dim=1024, kl_weight=1e-3, latent_pool="query")},
     "vnp-gp": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
-        n_convs=10, depth=4, rough=0.05, minutes=45.0, lr=6e-4, muon_lr=0.006,
-        warmup=200)},
+        n_convs=10, depth=4, minutes=45.0, lr=6e-4, muon_lr=0.006, warmup=200)},
 }
 
 
