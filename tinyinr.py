@@ -1237,37 +1237,41 @@ class Regression(nn.Module):
         """
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
-            noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (noise, y, mask))  # (B, D, N, 1)
-            basis, y = to_fp64(phi).unsqueeze(1) * (mask / noise), y * (mask / noise)
-            nu, count = self.log_nu.exp(), mask.sum(-2, keepdim=True)  # (B, D, 1, 1)
-            level = self.noise_level(basis, y, nu, count)
-            basis, y = basis / level, y / level  # all in units of the noise
-            gram, eye = basis.mT @ basis, torch.eye(basis.shape[-1]).to(basis)
-            ridge = 1 + 1e-6 * basis.square().sum((-2, -1), keepdim=True)  # above fp32's error
+            noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
+            basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
+            nu, count = self.log_nu.exp(), mask.sum(-1, keepdim=True)  # (B, D, 1, 1)
+            weighted, eye = basis.mT * precision, torch.eye(basis.shape[-1]).to(basis)
+            gram, moment = weighted @ basis, (weighted * y).sum(-1, keepdim=True)
+            energy = (precision * y.square()).sum(-1, keepdim=True)  # (B, D, 1, 1)
+            space = gram, moment, energy  # a graph has a fixed number of features, not of values
+            if not torch.compiler.is_exporting() and basis.shape[-2] < basis.shape[-1]:
+                scaled = basis * (mask / noise).mT  # (B, D, N, F)
+                space = scaled @ scaled.mT, (y * mask / noise).mT, None
+            level = self.noise_level(*space, nu, count)
+            gram, moment, energy = (v / level.square() for v in (gram, moment, energy))
+            ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
             lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-            white = root @ (basis.mT @ y)  # (B, D, F, 1)
-            misfit = y.square().sum(-2) - white.square().sum(-2)  # (B, D, 1)
-            s = ((nu + misfit.clamp(min=0).unsqueeze(-1)) / (nu + count)).sqrt()
-            mean, root, s, level = (v.to(phi.dtype) for v in (white.mT @ root, root, s, level))
+            white = root @ moment  # (B, D, F, 1)
+            misfit = energy - white.square().sum(-2, keepdim=True)
+            s = ((nu + misfit.clamp(min=0)) / (nu + count)).sqrt()
+            mean = (white * root).sum(-2, keepdim=True)
+            mean, root, s, level = (v.to(phi.dtype) for v in (mean, root, s, level))
             return torch.cat((mean, root * s), -2), (s * level).squeeze(-1).mT
 
-    def noise_level(self, basis, y, nu, count) -> Tensor:
-        """The noise over noise(x), (B, D, 1, 1); basis (B, D, N, F), y (B, D, N, 1) over noise(x).
+    def noise_level(self, gram, known, energy, nu, count) -> Tensor:
+        """The noise over noise(x), (B, D, 1, 1), by the density of y at every level.
 
-        The evidence of a level is the density of y in the space of N values, or of F features,
-        whichever is smaller; a graph has a fixed number of features only.
+        In the space of values: gram (B, D, N, N), known (B, D, N, 1) the values, energy None; or of
+        features: gram (B, D, F, F), known (B, D, F, 1), energy (B, D, 1, 1). All over noise(x).
         """
-        levels = basis.new_tensor(self.LEVELS).view(-1, 1, 1, 1, 1)
-        by_values = not torch.compiler.is_exporting() and basis.shape[-2] < basis.shape[-1]
-        gram, known = (basis @ basis.mT, y / levels) if by_values else (
-            basis.mT @ basis, basis.mT @ y / levels.square())
-        eye = torch.eye(gram.shape[-1]).to(basis)
+        levels = gram.new_tensor(self.LEVELS).view(-1, 1, 1, 1, 1)
+        eye = torch.eye(gram.shape[-1]).to(gram)
         lower = torch.linalg.cholesky_ex(eye + gram / levels.square()).L  # (T, B, D, ., .)
+        known = known / (levels if energy is None else levels.square())
         white = torch.linalg.solve_triangular(lower, known, upper=False)
         misfit = white.square().sum(-2, keepdim=True)
-        if not by_values:
-            misfit = (y / levels).square().sum(-2, keepdim=True) - misfit
+        misfit = misfit if energy is None else energy / levels.square() - misfit
         half_log_det = (lower * eye).sum(-1).log().sum(-1)[..., None, None]
         log_evidence = (-half_log_det - count * levels.log()
                         - (nu + count) / 2 * (nu + misfit).log())

@@ -47,7 +47,9 @@ def symbol(name: str, *tensors: Tensor) -> Tensor:
 def expand_linalg(proto: onnx.ModelProto):
     """Write Solve(Cholesky(a), b) = l^-1 b, where l l^T = a, as Gaussian elimination of [a | b].
 
-    It ends with [l^T | l^-1 b]: l itself may be read too, after a Solve.
+    It ends with [l^T | l^-1 b]: l itself may be read too, after a Solve. A product in double
+    precision is an Einsum: onnxruntime up to 1.17 joins a MatMul and a transposition to what it has
+    in single precision only.
     """
     body, nodes, made = proto.graph, [], {}
 
@@ -64,6 +66,7 @@ def expand_linalg(proto: onnx.ModelProto):
         return name
 
     shapes = {v.name: v.type.tensor_type.shape.dim for v in body.value_info}
+    double = {v.name for v in body.value_info if v.type.tensor_type.elem_type == 11}
     factored = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Cholesky"}
     read = {k for n in body.node if n.op_type != "Solve" for k in n.input}
     for node in body.node:
@@ -86,6 +89,9 @@ def expand_linalg(proto: onnx.ModelProto):
                 rows = add("Slice", rows, (0,), (n,), (-1,))
                 nodes.append(make_node("Transpose", [rows], node.input[:1],
                                        perm=[*range(axes - 2), axes - 1, axes - 2]))
+        elif node.op_type == "MatMul" and node.output[0] in double:
+            nodes.append(make_node("Einsum", node.input, node.output,
+                                   equation="...ij,...jk->...ik"))
         elif node.op_type != "Cholesky":
             nodes.append(node)
     replace(body.node, nodes)
