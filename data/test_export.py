@@ -168,6 +168,15 @@ def test_angles_of_sines_and_cosines_are_reduced(exported):
     assert angles and all(3 < values[k].abs().max() < 3.1417 for k in angles)
 
 
+@pytest.mark.parametrize("name", ["gp-transinr", "gp-vnp"])
+def test_products_in_double_precision_are_no_matmul(exported, name):
+    """onnxruntime up to 1.17 joins one and a transposition to a kernel of single precision only."""
+    graph = onnx.load(exported.folder / f"{name}.encoder.onnx").graph
+    double = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == 11}
+    kinds = [n.op_type for n in graph.node if n.output[0] in double]
+    assert "Einsum" in kinds and "MatMul" not in kinds
+
+
 def test_inputs_of_different_batches_are_refused_by_name(exported):
     stem = exported.folder / "nvs-transinr"
     context, query = problem(exported.model(stem.name), 2, 5)
