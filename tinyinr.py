@@ -155,13 +155,18 @@ class ModelConfig(Checked):
                              f"an axis; try {max(2, self.side) if self.side <= 256 else 0}")
 
     @property
+    def n_patches(self) -> int:
+        """Number of patches along a side of an image or view."""
+        return (self.image_size + 2 * self.padding) // self.patch
+
+    @property
     def side(self) -> int:
         """Number of context tokens along an axis: of an image or view, of space, or a curve."""
         if self.task == "gp":
             return SET_POINTS // SET_STRIDE
         if self.task == "nvs" and self.grid:
             return self.voxels
-        return (self.image_size + 2 * self.padding) // self.patch
+        return self.n_patches
 
     @property
     def n_tokens(self) -> int:
@@ -442,10 +447,10 @@ class PatchTokenizer(nn.Module):
         self.pos = nn.Parameter(torch.randn(n_tokens, dim)) if image_size else None
 
     def forward(self, image):
-        size = self.image_size
-        if size and image.shape[-2:] != (size, size):
-            raise ValueError("an image of {} x {} pixels".format(*image.shape[-2:])
-                             + f", but this model reads {size} x {size}: resize it")
+        (height, width), size = image.shape[-2:], self.image_size
+        if size and (height, width) != (size, size):
+            raise ValueError(f"an image of {height} x {width} pixels, but this model reads "
+                             f"{size} x {size}: resize it")
         patches = F.unfold(image, self.patch, padding=self.padding, stride=self.patch)
         x = self.proj(patches.transpose(1, 2).to(self.proj.weight.dtype))  # (B, T, D)
         return x if self.pos is None else x + self.pos
@@ -1081,7 +1086,7 @@ class VoxelTokenizer(RayTokenizer):
 
 def patch_axis(cfg: ModelConfig, n: int) -> Tensor:
     """Centers (n,) of n equal parts of the patches along a side, in image coordinates."""
-    pixels = (cfg.image_size + 2 * cfg.padding) // cfg.patch * cfg.patch
+    pixels = cfg.n_patches * cfg.patch
     return ((torch.arange(n) + 0.5) * pixels / n - cfg.padding) * 2 / cfg.image_size - 1
 
 
@@ -1142,8 +1147,7 @@ class GridScene(Scene):
 
     def tokenizer(self):
         cfg = self.cfg
-        side = (cfg.image_size + 2 * cfg.padding) // cfg.patch
-        return VoxelTokenizer(cfg, self.axis(cfg.voxels), patch_axis(cfg, side))
+        return VoxelTokenizer(cfg, self.axis(cfg.voxels), patch_axis(cfg, cfg.n_patches))
 
     def depth_range(self, query):
         rays_o, rays_d = query["rays_o"], query["rays_d"]
@@ -1238,15 +1242,15 @@ class Regression(nn.Module):
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
             noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
-            basis, precision = to_fp64(phi).unsqueeze(1), mask / noise.square()  # (B, 1, N, F)
+            basis, weight = to_fp64(phi).unsqueeze(1), mask / noise  # (B, 1, N, F)
             nu, count = self.log_nu.exp(), mask.sum(-1, keepdim=True)  # (B, D, 1, 1)
-            weighted, eye = basis.mT * precision, torch.eye(basis.shape[-1]).to(basis)
+            weighted, eye = basis.mT * weight.square(), torch.eye(basis.shape[-1]).to(basis)
             gram, moment = weighted @ basis, (weighted * y).sum(-1, keepdim=True)
-            energy = (precision * y.square()).sum(-1, keepdim=True)  # (B, D, 1, 1)
+            energy = (weight * y).square().sum(-1, keepdim=True)  # (B, D, 1, 1)
             space = gram, moment, energy  # a graph has a fixed number of features, not of values
             if not torch.compiler.is_exporting() and basis.shape[-2] < basis.shape[-1]:
-                scaled = basis * (mask / noise).mT  # (B, D, N, F)
-                space = scaled @ scaled.mT, (y * mask / noise).mT, None
+                scaled = basis * weight.mT  # (B, D, N, F)
+                space = scaled @ scaled.mT, (weight * y).mT, None
             level = self.noise_level(*space, nu, count)
             gram, moment, energy = (v / level.square() for v in (gram, moment, energy))
             ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
@@ -1268,13 +1272,13 @@ class Regression(nn.Module):
         levels = gram.new_tensor(self.LEVELS).view(-1, 1, 1, 1, 1)
         eye = torch.eye(gram.shape[-1]).to(gram)
         lower = torch.linalg.cholesky_ex(eye + gram / levels.square()).L  # (T, B, D, ., .)
-        known = known / (levels if energy is None else levels.square())
+        known = known.expand(len(levels), -1, -1, -1, -1)
         white = torch.linalg.solve_triangular(lower, known, upper=False)
         misfit = white.square().sum(-2, keepdim=True)
-        misfit = misfit if energy is None else energy / levels.square() - misfit
+        misfit = misfit if energy is None else energy - misfit / levels.square()
         half_log_det = (lower * eye).sum(-1).log().sum(-1)[..., None, None]
         log_evidence = (-half_log_det - count * levels.log()
-                        - (nu + count) / 2 * (nu + misfit).log())
+                        - (nu + count) / 2 * (nu + misfit / levels.square()).log())
         return (log_evidence.softmax(0) * levels.log()).sum(0).exp()
 
     def add(self, raw, posterior, scale, x, *grid) -> Tensor:
@@ -1819,8 +1823,8 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
     or None, where no value is missing; and where it is known, posterior(given (B, N)) -> mean and
     variance (B, N, D) of every value, given some: then these are the targets. Every curve has up to
     46 context points of its own, as a mask says; n_queries 0: all have the same number from 3 on,
-    and fewer than 50 points in all ([2], as TNP). D > 1: up to WINDOW points in all, and half of the curves show one
-    value at all points.
+    and fewer than 50 points in all ([2], as TNP). D > 1: up to WINDOW points in all, and half of
+    the curves show one value at all points.
     """
     mine, size, d = rank_slice(recipe.batch_size), recipe.batch_size, cfg.n_values
     most = MAX_CONTEXT if d == 1 else WINDOW - (recipe.n_queries or 3)

@@ -18,9 +18,9 @@ from data import curves
 from data.images import ImageSet, nearest_filling
 from data.runs import track
 from data.scenes import SceneSet
-from tinyinr import (WINDOW, Prediction, atomic, camera_rays, fill_unseen, generator, log_likelihood,
-                     optimize, pixel_grid, predict, psnr, random_masks, rank_and_world_size,
-                     to_device)
+from tinyinr import (WINDOW, Prediction, atomic, camera_rays, fill_unseen, generator,
+                     log_likelihood, optimize, pixel_grid, predict, psnr, random_masks,
+                     rank_and_world_size, to_device)
 
 
 def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1, targets=True):
@@ -286,11 +286,11 @@ def evaluate_curves(model, cases, autoregressive: bool = False, samples: int = 5
 
 LEGEND = {
     "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error; where "
-            "pictures are seen in part, of the other pixels alone",
+            "pictures are seen in part, all figures are of the other pixels alone",
     "psnr_unclamped": "the same of values as they are",
     "coverage": "part of the values within 1.96 predicted std of the mean",
-    "nearest": "dB of every pixel with the color of the nearest seen one",
-    "filled": "dB of every pixel with the mean color of the seen ones around it",
+    "nearest": "dB of pixels with the color of the nearest seen one",
+    "filled": "dB of pixels with the mean color of the seen ones around",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",
     "large_bicubic": "the same of its own small picture enlarged",

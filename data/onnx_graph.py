@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+DOUBLE = onnx.TensorProto.DOUBLE
 LINALG = "linalg"  # the domain of nodes that expand_linalg replaces
 
 
@@ -66,7 +67,7 @@ def expand_linalg(proto: onnx.ModelProto):
         return name
 
     shapes = {v.name: v.type.tensor_type.shape.dim for v in body.value_info}
-    double = {v.name for v in body.value_info if v.type.tensor_type.elem_type == 11}
+    double = {v.name for v in body.value_info if v.type.tensor_type.elem_type == DOUBLE}
     factored = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Cholesky"}
     read = {k for n in body.node if n.op_type != "Solve" for k in n.input}
     for node in body.node:

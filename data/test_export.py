@@ -172,7 +172,8 @@ def test_angles_of_sines_and_cosines_are_reduced(exported):
 def test_products_in_double_precision_are_no_matmul(exported, name):
     """onnxruntime up to 1.17 joins one and a transposition to a kernel of single precision only."""
     graph = onnx.load(exported.folder / f"{name}.encoder.onnx").graph
-    double = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == 11}
+    double = {v.name for v in graph.value_info
+              if v.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE}
     kinds = [n.op_type for n in graph.node if n.output[0] in double]
     assert "Einsum" in kinds and "MatMul" not in kinds
 
