@@ -1376,6 +1376,26 @@ def test_render_draws_what_the_function_is_and_encode_writes_its_numbers(trained
         assert ("a.json" in info) == told
 
 
+def test_what_a_mask_hides_of_a_photo_has_no_influence(tmp_path):
+    """A context pixel counts as seen where all of it is, whatever the file's size."""
+    ckpt, seen = ROOT / "data/pretrained/image-vnp.pt", np.full((96, 64), 255, np.uint8)
+    seen[30:70, :33] = 0  # rows 20 to 46 of 64, columns 0 to 32, of which the last is cut
+    Image.fromarray(seen).save(tmp_path / "seen.png")
+    photo = np.array(noisy(96, 64))
+    for name, hidden in (("a", 0), ("b", 255)):
+        Image.fromarray(np.where(seen[..., None], photo, hidden).astype(np.uint8)).save(
+            tmp_path / f"{name}.png")
+        run("render", ckpt, tmp_path / f"{name}.png", "--mask", tmp_path / "seen.png", "-o",
+            tmp_path / f"{name}-whole.png", "--size", 96)
+    drawn = [np.array(Image.open(tmp_path / f"{name}-whole.png")) for name in "ab"]
+    assert drawn[0].shape == (96, 64, 3) and (drawn[0] == drawn[1]).all()
+    context, _ = rendering.read_context(tinyinr.load(ckpt), tmp_path / "a.png",
+                                        tmp_path / "seen.png")
+    hidden = context["mask"][0, 0] == 0
+    assert hidden[20:46, :33].all() and not hidden[:19].any() and not hidden[48:].any()
+    assert not hidden[:, 34:].any()
+
+
 def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
     ckpt, model, z = PARITY / "vnp_1.pth", tinyinr.load(PARITY / "vnp_1.pth"), None
     side = model.cfg.image_size
@@ -1501,6 +1521,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     out, ckpt, photo = trained.out, trained.out / "ckpt.pt", trained.data / "p0.png"
     Path("bad.png").write_bytes(b"no picture")
+    noisy(9, 12).save("wide.png")
     Path("noted").mkdir()
     Path("noted/log.jsonl").write_text("mine\n")
     trap = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})
@@ -1511,7 +1532,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
         torch.save(saved(out) | change, f"{name}/ckpt.pt")
     before, contents = sorted(tmp_path.rglob("*")), [p.read_bytes() for p in (ckpt, photo)]
     whole, resume = shlex.join(map(str, trained.args)), "train --resume --out"
-    train, gp = f"{whole} --out o", ROOT / "data/pretrained/gp-vnp.pt"
+    train, gp, vnp = f"{whole} --out o", *(ROOT / f"data/pretrained/{task}-vnp.pt"
+                                           for task in ("gp", "image"))
     with runs.locked(out):
         assert "another run writes" in run(*trained.args, "--out", out, "--overwrite", code=2)
     for command, words in [
@@ -1541,8 +1563,10 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(trained, tmp_path, monkeypat
             (f"render {ckpt} bad.png -o a.png", "not a picture"),
             (f"render {ckpt} {photo} -o a.xyz", ".png"),
             (f"render {ckpt} {photo} -o a.png --views 2", "--views is for nvs"),
-            (f"render {ROOT}/data/pretrained/image-vnp.pt {photo} -o a.png --tto 1",
-             "refines generated weights"),
+            (f"render {vnp} {photo} -o a.png --tto 1", "refines generated weights"),
+            (f"render {ckpt} {photo} -o a.png --mask {photo}", "reads whole images"),
+            (f"render {vnp} {photo} -o a.png --mask wide.png", "the mask has 9 x 12 pixels"),
+            (f"render {gp} {photo} -o a.png --mask {photo}", "--mask is for image"),
             (f"render none.pt {photo} -o a.png", "no such checkpoint"),
             (f"render trap.pt {photo} -o a.png", "not a readable checkpoint"),
             (f"render {gp} {ROOT}/data/hares.csv -o a.png --size 64", "needs at least 96")]:
@@ -1561,6 +1585,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     for name in ("photo.jpg", "chair.jpg"):
         noisy(80, 90).save(name)
     shutil.copy(balls(Path("scenes"), "a") / "balls/a/transforms.json", ".")
+    shutil.copy("photo.jpg", "seen.png")
     Path("points.csv").write_text("x,y\n-1,0.5\n0,0.2\n1.5,-1\n")
     run("simulate", "lv", "--count", 12, program=lotka_volterra.main)
     tinyinr.save(tiny("image", "transinr"), "ckpt.pt")
@@ -1580,7 +1605,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert {args[0] for program, args in lines if program == "tinyinr"} == set(tinyinr.cli.commands)
     by_torchrun = re.search(r"^torchrun .*=2 tinyinr.py (.*)$", text, re.M)[1]
     finish(start(*shlex.split(by_torchrun), "--smoke", processes=2))
-    for name in ("large.png turn.gif chair.gif views/003.png plot.png prediction.csv codes.npz "
+    for name in ("large.png whole.png turn.gif chair.gif views/003.png plot.png prediction.csv codes.npz "
                  "attention.png scores.json runs/mine/ckpt.pt runs/two/ckpt.pt runs/lv/ckpt.pt "
                  "image.json ckpt.html ckpt.onnx onnx/ckpt.json").split():
         assert Path(name).stat().st_size > 0, name

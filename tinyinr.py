@@ -585,26 +585,28 @@ class Image(Signal):
         cfg = self.cfg
         return PatchTokenizer(3 + cfg.masked, cfg.dim, cfg.patch, cfg.padding, cfg.image_size)
 
-    def inputs(self, context):
+    def color_and_mask(self, context):  # (B, 3, H, W), 0 where unseen; (B, 1, H, W)
         image, mask = context["image"], context.get("mask")
-        if not self.cfg.masked:
-            if mask is not None:
-                raise ValueError("this model reads whole images: train one with --set masked=True")
-            return (image,)
         mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
-        return (torch.cat((image.masked_fill(mask == 0, 0.0), mask), 1),)
+        return image.masked_fill(mask == 0, 0.0), mask
+
+    def inputs(self, context):
+        if self.cfg.masked:
+            return (torch.cat(self.color_and_mask(context), 1),)
+        if context.get("mask") is not None:
+            raise ValueError("this model reads whole images: train one with --set masked=True")
+        return (context["image"],)
 
     def points(self, query):
         return query["coords"], None
 
     def context_as_targets(self, context, every=1):
-        image, middle = context["image"], slice(every // 2, None, every)
-        mask, size = context.get("mask"), image.shape[-2:]
-        mask = torch.ones_like(image[:, :1]) if mask is None else mask
+        image, mask = self.color_and_mask(context)
+        middle, size = slice(every // 2, None, every), image.shape[-2:]
         grid = pixel_grid(*size, image.device).to(image.dtype).unflatten(0, size)
         coords = grid[middle, middle].flatten(0, 1).expand(image.shape[0], -1, -1)
-        values = image.masked_fill(mask == 0, 0.0)[..., middle, middle].flatten(2).mT
-        return {"coords": coords}, values, mask[:, 0, middle, middle].flatten(1).to(image.dtype)
+        values = image[..., middle, middle].flatten(2).mT
+        return {"coords": coords}, values, mask[:, 0, middle, middle].flatten(1)
 
 
 class Scene(Signal):
@@ -1116,11 +1118,10 @@ class GridImage(Image):
     min_std = 0.003
 
     def inputs(self, context):
-        (x,) = super().inputs(context)
-        if self.cfg.masked:
-            color, mask = x.split([3, 1], 1)
-            x = torch.cat((fill_unseen(color, mask), mask), 1)
-        return (x,)
+        if not self.cfg.masked:
+            return super().inputs(context)
+        color, mask = self.color_and_mask(context)
+        return (torch.cat((fill_unseen(color, mask), mask), 1),)
 
     def error(self, prediction, target):
         if prediction.std is None:
@@ -1241,18 +1242,17 @@ class Regression(nn.Module):
         """
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
-            noise, y, mask = (to_fp64(v).mT.unsqueeze(-2) for v in (noise, y, mask))  # (B, D, 1, N)
-            basis, weight = to_fp64(phi).unsqueeze(1), mask / noise  # (B, 1, N, F)
-            nu, count = self.log_nu.exp(), mask.sum(-1, keepdim=True)  # (B, D, 1, 1)
-            weighted, eye = basis.mT * weight.square(), torch.eye(basis.shape[-1]).to(basis)
-            gram, moment = weighted @ basis, (weighted * y).sum(-1, keepdim=True)
-            energy = (weight * y).square().sum(-1, keepdim=True)  # (B, D, 1, 1)
+            noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (noise, y, mask))  # (B, D, N, 1)
+            weight, nu, count = mask / noise, self.log_nu.exp(), mask.sum(-2, keepdim=True)
+            rows, known = to_fp64(phi).unsqueeze(1) * weight, y * weight  # (B, D, N, F or 1)
+            gram, moment = rows.mT @ rows, rows.mT @ known
+            energy = known.square().sum(-2, keepdim=True)  # (B, D, 1, 1)
             space = gram, moment, energy  # a graph has a fixed number of features, not of values
-            if not torch.compiler.is_exporting() and basis.shape[-2] < basis.shape[-1]:
-                scaled = basis * weight.mT  # (B, D, N, F)
-                space = scaled @ scaled.mT, (weight * y).mT, None
+            if not torch.compiler.is_exporting() and rows.shape[-2] < rows.shape[-1]:
+                space = rows @ rows.mT, known, None
             level = self.noise_level(*space, nu, count)
             gram, moment, energy = (v / level.square() for v in (gram, moment, energy))
+            eye = torch.eye(gram.shape[-1]).to(gram)
             ridge = 1 + 1e-6 * (gram * eye).sum((-2, -1), keepdim=True)  # 1, or above fp32's error
             lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
             root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)

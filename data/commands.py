@@ -77,7 +77,8 @@ def cli():
 
 
 OPTION_TASKS = {"tto": ("image", "nvs"), "pairs": ("nvs",), "views": ("nvs",), "pose": ("nvs",),
-                "zoom": ("image",), "columns": ("gp",), "autoregressive": ("gp",)}
+                "zoom": ("image",), "mask": ("image",), "columns": ("gp",),
+                "autoregressive": ("gp",)}
 
 
 def check_options(cfg: ModelConfig, **given):
@@ -333,10 +334,11 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--views", type=click.IntRange(1), help="nvs: context views.")
 @click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
+@click.option("--mask", type=click.Path(), help="image: a picture, white where INPUT is seen.")
 @click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
 @click.option("--device", default="auto", show_default=True)
 @torch.no_grad()
-def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
+def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, device):
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, table -> plot.
 
     An object is a folder of posed views, such a folder within a zip, as set.zip/class/id, or one
@@ -346,7 +348,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
     """
     model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
     cfg, code = model.cfg, {}
-    check_options(cfg, tto=tto, pose=pose, columns=columns)
+    check_options(cfg, tto=tto, pose=pose, mask=mask, columns=columns)
     check_output(out, ckpt, source, folder=cfg.task == "nvs")
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
     if not numbers:  # a name that cannot be written is refused before the work
@@ -359,7 +361,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, columns, device):
         drawn = (tabulate_curve(model, table, size) if numbers else
                  [render_curve(model, table, size)])
     elif cfg.task == "image":
-        context, shape = read_context(model, source)
+        context, shape = read_context(model, source, mask)
         code = encode_for(model, context, tto)
         drawn = [render_image(model, code, *(max(1, round(n * size / max(shape))) for n in shape))]
     else:

@@ -158,11 +158,22 @@ def tabulate_curve(model, table, points: int) -> dict:
     return columns
 
 
-def read_context(model, path) -> tuple[dict, tuple[int, int]]:
-    """A photo, squeezed to a square, as the context of a model of images, and its shape (H, W)."""
+def read_context(model, path, mask=None) -> tuple[dict, tuple[int, int]]:
+    """A photo, squeezed to a square, as the context of a model of images, and its shape (H, W).
+
+    mask: a picture of its shape, white where the photo is seen. A pixel of the context counts as
+    seen where all of it is. Errors: ValueError for a mask of another shape.
+    """
     size = model.cfg.image_size
     pixels, shape = images.read_photo(path, size, size // model.cfg.patch)
-    return {"image": pixels[None].to(model.freqs) / 255}, shape
+    context = {"image": pixels[None].to(model.freqs) / 255}
+    if mask:
+        seen, other = images.read_photo(mask, size)
+        if other != shape:
+            raise ValueError("{}: the mask has {} x {} pixels, the picture {} x {}; give one of the "
+                             "same shape".format(mask, *other, *shape))
+        context["mask"] = (seen.amin(0) > 250)[None, None].to(model.freqs)
+    return context, shape
 
 
 @torch.no_grad()
