@@ -935,6 +935,26 @@ def test_a_batch_of_curves_has_contexts_of_every_size():
     assert len(shares) == 47 and shares.min() > 0 and np.mean(counts) == pytest.approx(23, abs=1.5)
 
 
+@pytest.mark.parametrize("kernel", ("rbf", "all", "series"))
+def test_the_posterior_of_drawn_curves_is_that_of_their_covariance(kernel, monkeypatch):
+    """And series are standardised, half of them with their points at equal distances."""
+    given, cholesky = [], torch.linalg.cholesky
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky", lambda k: given.append(k) or cholesky(k))
+        x, y, _, posterior = curves.sampler(kernel, 0.1)(64, 30, torch.Generator().manual_seed(0))
+    (k,), (mean, var) = given, posterior((torch.arange(30) < 12).expand(64, -1))
+    gain = torch.linalg.solve(k[:, :12, :12], k[:, :12, 12:]).mT
+    close(mean[:, 12:], gain @ y[:, :12], 1e-6)
+    close(var[:, 12:, 0], (k[:, 12:, 12:] - gain @ k[:, :12, 12:]).diagonal(dim1=1, dim2=2), 1e-6)
+    close(mean[:, :12], y[:, :12], 1e-6)
+    gaps = x.sort(1)[0].diff(dim=1).squeeze(-1)
+    equal = (gaps.amax(1) - gaps.amin(1) < 1e-6).float().mean()
+    if kernel == "series":
+        assert y.mean(1).abs().max() < 0.01 and 0.4 < y.std(1).mean() < 0.55 and 0.3 < equal < 0.7
+    else:
+        assert equal == 0
+
+
 def test_of_curves_of_two_values_what_is_known_is_context_or_target():
     """Half of the curves show one value at all points; what is missing is neither."""
     there = rand(200, 96, 2) < 0.7
@@ -1605,9 +1625,9 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert {args[0] for program, args in lines if program == "tinyinr"} == set(tinyinr.cli.commands)
     by_torchrun = re.search(r"^torchrun .*=2 tinyinr.py (.*)$", text, re.M)[1]
     finish(start(*shlex.split(by_torchrun), "--smoke", processes=2))
-    for name in ("large.png whole.png turn.gif chair.gif views/003.png plot.png prediction.csv codes.npz "
-                 "attention.png scores.json runs/mine/ckpt.pt runs/two/ckpt.pt runs/lv/ckpt.pt "
-                 "image.json ckpt.html ckpt.onnx onnx/ckpt.json").split():
+    for name in ("large.png whole.png turn.gif chair.gif views/003.png plot.png prediction.csv "
+                 "codes.npz attention.png scores.json runs/mine/ckpt.pt runs/two/ckpt.pt "
+                 "runs/lv/ckpt.pt image.json ckpt.html ckpt.onnx onnx/ckpt.json").split():
         assert Path(name).stat().st_size > 0, name
 
 

@@ -210,8 +210,8 @@ class TrainConfig(Checked):
     shared_rays: bool = False  # scenes: the same pixels and jitter for the whole batch, as in [1]
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
-    kernel: str = one_of("rbf", "matern52", "periodic", "all")  # curves: of the training functions
-    rough: float = bounded(0.0, 0, 1)  # curves: part that is short (0.002 to 0.1) or noisy
+    kernel: str = one_of("rbf", "matern52", "periodic", "all", "series")  # of curves in training
+    rough: float = bounded(0.0, 0, 1)  # curves but "series": part that is short or noisy
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
@@ -260,6 +260,8 @@ PRESETS = {
         dim=512, n_heads=8, ff_dim=1024, kl_weight=1e-3, latent_pool="query")},
     "vnp-gp": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
         n_convs=10, depth=4, minutes=45.0, lr=6e-4, muon_lr=0.006, warmup=200)},
+    "vnp-series": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
+        kernel="series", rough=0.0, minutes=30.0)},
 }
 
 

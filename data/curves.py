@@ -64,18 +64,46 @@ def draw_curves(kernel: str, batch: int, points: int, gen: torch.Generator, roug
     return x, _cholesky(kernel, x, hyper, noise), white, hyper, noise
 
 
+def draw_series(batch: int, points: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x, factor and white, as of draw_curves, of curves like measured series that are standardised.
+
+    A sum of random parts: a trend (RBF, length in [0.1, 4]), a cycle that drifts (periodic, period
+    in [0.1, 4], length in [0.3, 2], times an RBF of a length in [0.5, 16]), and noise, 2 to 70 % of
+    the std. All are log-uniform. A curve has mean 0 and a std of about 0.5; half have their points
+    at equal distances.
+    """
+    u = torch.rand(7, batch, 1, 1, generator=gen, dtype=torch.float64)
+    x = 4 * torch.rand(batch, points, 1, generator=gen, dtype=torch.float64) - 2
+    x = torch.where(u[0] < 0.5, 4 * x.argsort(1).argsort(1) / (points - 1) - 2, x)
+    white = torch.randn(batch, points, 1, generator=gen, dtype=torch.float64)
+    between = lambda i, low, high: low * (high / low) ** u[i]
+    kernel = lambda name, length, period=None: covariance(name, x, x, length, u.new_ones(1), period)
+    cycle = kernel("periodic", between(1, 0.3, 2), between(2, 0.1, 4))
+    cycle = cycle * kernel("rbf", between(3, 0.5, 16))
+    part, noise = (1.5 * u[5] - 0.25).clamp(0, 1), between(6, 0.02, 0.7)
+    k = part * cycle + (1 - part) * kernel("rbf", between(4, 0.1, 4))
+    eye = torch.eye(points, dtype=torch.float64)
+    k = (1 - noise.square()) * k + noise.square() * eye
+    row = k.sum(-1, keepdim=True)
+    k = k - row @ row.mT / row.sum(1, keepdim=True)  # given that the mean is 0
+    k = k / (4 * (k * eye).sum((1, 2), keepdim=True) / points)
+    return x, torch.linalg.cholesky(k + 1e-6 * eye), white
+
+
 def sampler(kernel: str, rough: float = 0.0) -> Callable:
     """draw(batch, points, gen) -> x, y (B, points, 1), None (no mask), posterior.
 
     posterior(given (B, points)) -> mean and variance (B, points, 1) of every y given the first so
-    many of a curve, for the kernel that drew it. kernel "all": the generator picks one. rough: as
-    for draw_curves.
+    many of a curve, for the kernel that drew it. kernel "all": the generator picks one; "series":
+    as draw_series. rough: as for draw_curves.
     """
     kernels = KERNELS if kernel == "all" else (kernel,)
 
     def draw(batch: int, points: int, gen: torch.Generator) -> tuple:
         pick = int(torch.randint(len(kernels), (), generator=gen)) if len(kernels) > 1 else 0
-        x, factor, white, *_ = draw_curves(kernels[pick], batch, points, gen, rough)
+        x, factor, white, *_ = (
+            draw_series(batch, points, gen) if kernel == "series" else
+            draw_curves(kernels[pick], batch, points, gen, rough))
 
         def posterior(given: Tensor) -> tuple[Tensor, Tensor]:
             given = given.unsqueeze(-1).to(white)  # y = factor @ white: these fix their white noise

@@ -170,8 +170,8 @@ def read_context(model, path, mask=None) -> tuple[dict, tuple[int, int]]:
     if mask:
         seen, other = images.read_photo(mask, size)
         if other != shape:
-            raise ValueError("{}: the mask has {} x {} pixels, the picture {} x {}; give one of the "
-                             "same shape".format(mask, *other, *shape))
+            raise ValueError("{}: the mask has {} x {} pixels, the picture {} x {}; give one of "
+                             "its shape".format(mask, *other, *shape))
         context["mask"] = (seen.amin(0) > 250)[None, None].to(model.freqs)
     return context, shape
 
