@@ -69,11 +69,7 @@ def prediction_panels(model, case: Case) -> list[Tensor]:
 def sample_pictures(model, data, count: int = 12):
     """Held-out signals: truth above prediction, or plots of curves, as one picture (uint8)."""
     if model.cfg.task == "gp":
-        rows = []
-        for x, y, mask, _, n, *_ in itertools.islice(curve_cases(data, 2), 6):
-            x, y = x[0].float(), y[0].float()
-            mask = torch.ones_like(y) if mask is None else mask[0]
-            rows.append(plot_context(model, *((v[:n], v[n:]) for v in (x, y, mask))))
+        rows = [plot_case(model, case) for case in itertools.islice(curve_cases(data, 2), 6)]
         return pictures.image_grid([sum(rows[:3], []), sum(rows[3:], [])])
     only = sorted({i * len(data) // count for i in range(count)})
     cases = scene_cases if model.cfg.task == "nvs" else image_cases
@@ -124,6 +120,14 @@ def table_parts(model, table) -> list[tuple]:
 def plot_context(model, x, y, mask, *args) -> list:
     """pictures.curve_plots of the model's prediction from the context, the first of each pair."""
     return pictures.curve_plots(*curve_band(model, x[0], y[0], mask[0]), x, y, mask, *args)
+
+
+def plot_case(model, case, i: int = 0) -> list:
+    """Plots of the i-th curve of a set to score on, one a value: context and targets."""
+    x, y, mask, _, n, *_ = case
+    x, y = x[i].float(), y[i].float()
+    mask = torch.ones_like(y) if mask is None else mask[i]
+    return plot_context(model, *((v[:n], v[n:]) for v in (x, y, mask)))
 
 
 def render_curve(model, table, width: int):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
 from data import pictures, rendering  # noqa: E402
-from data.evaluation import open_data  # noqa: E402
+from data.curves import CurveSet  # noqa: E402
+from data.evaluation import curve_cases, open_data  # noqa: E402
 
 COUNT = 8  # signals a sheet
 
@@ -68,14 +69,25 @@ def columns(model, count: int = 6):
     return pictures.image_grid(list(zip(*((row[0], row[2], row[-1]) for row in rows))))
 
 
+def curve_rows(model, series_model):
+    """A curve of every kernel; below, two windows of sunspots and one of El Nino, half seen."""
+    drawn = [rendering.plot_case(model, case)[0] for case in curve_cases(None, 1)]
+    for name, i in (("sunspots", 1), ("sunspots", 4), ("elnino", 7)):
+        data = CurveSet(ROOT / "data" / f"{name}.csv", "all")
+        drawn += rendering.plot_case(series_model, next(curve_cases(data, 1)), i)
+    return pictures.image_grid([drawn[:3], drawn[3:]])
+
+
 @torch.no_grad()
 def readme():
     """Draw the figures of the README from the stored models."""
-    for name, stem in (("image", "image-transinr"), ("completion", "image-vnp"),
-                       ("nvs", "nvs-transinr"), ("curves", "vnp-gp")):
-        model = tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt")
-        data = None if name in ("image", "curves") else open_data(model.cfg, None, "test")
-        picture = columns(model) if name == "image" else rendering.sample_pictures(model, data)
+    for name, *stems in (("image", "image-transinr"), ("completion", "image-vnp"),
+                         ("nvs", "nvs-transinr"), ("curves", "vnp-gp", "vnp-series")):
+        models = [tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt") for stem in stems]
+        if draw := {"image": columns, "curves": curve_rows}.get(name):
+            picture = draw(*models)
+        else:
+            picture = rendering.sample_pictures(*models, open_data(models[0].cfg, None, "test"))
         rendering.write_pictures([picture], ROOT / "data" / "readme" / f"{name}.png")
 
 
