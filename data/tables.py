@@ -40,7 +40,7 @@ FORMS = (
     YEAR + r"[- ]?(?:M(?P<m>\d\d?)|Q(?P<q>[1-4]))",  # 2020M01, 2020-Q1
     r"Q(?P<q>[1-4])[- ]?" + YEAR,  # Q1 2020
     rf"{YEAR}[- ]?{MONTH}(?:[- ](?P<d>\d\d?))?",  # 2020 Jan, 2020-Jan-31
-    rf"{MONTH}[-, ]*(?:(?P<d>\d\d?),? )?(?P<y>\d{{4}}|(?<=-)\d\d)",  # Jan 31, 2020; Jan-20
+    rf"{MONTH}[-, ]*(?:(?P<d>\d\d?)(?:,? |-))?(?P<y>\d{{4}}|(?<=-)\d\d)",  # Jan 31, 2020; Jan-20
     rf"(?P<d>\d\d?)[-. ]*{MONTH}[-, ]*(?P<y>\d{{4}}|\d\d)")  # 31 Jan 2020, 31-Jan-20
 DATES = [re.compile(rf"([a-z]{{3,9}},? )?{form}([T,]? ?(?P<time>\d\d?:.*))?( UTC)?", re.I)
          for form in FORMS]  # after a day of the week, before a time
@@ -207,7 +207,7 @@ def _across(rows: list[list]) -> tuple[list[list], list[str]] | None:
 
 
 def _join_dates(rows: list[list], names: list[str], kinds: dict) -> tuple:
-    """Rows, names and kinds where columns year, month (and day), or Jan to Dec, become dates."""
+    """Rows, names and kinds; columns year, quarter or month (and day), Jan to Dec, become dates."""
     j, bare = min(kinds), re.fullmatch(r"(column \d+ ?)+", title := " ".join(names))
     found = [row for row in rows if len(row) == len(names) and type(row[j]) is float]
     years = [row[j] for row in found if row[j] % 1 == 0 and 1500 < row[j] < 2500]
@@ -218,12 +218,14 @@ def _join_dates(rows: list[list], names: list[str], kinds: dict) -> tuple:
         rows = [[datetime(int(row[j]), m + 1, 1), v] for row in found
                 for m, v in enumerate(row[j + 1 : j + 13])]
         return rows, ["date", "value"], {0: datetime, 1: float}
-    for n, head in ((3, r".*?\by\w* mon?\w* da?y?\b"), (2, r".*?\by\w* mon?\w*\b")):
-        with contextlib.suppress(ValueError, TypeError):
-            dates = [datetime(*(int(v) if v % 1 == 0 else 0 for v in [*row[j : j + n], 1][:3]))
-                     for row in found]
-            if len(kinds) > n and (re.match(head, title, re.I)
-                                   or bare and len({*dates}) == len(dates) > len({*years})):
+    whole = lambda v: int(v) if v % 1 == 0 else 0
+    for n, months, head in ((3, 1, r".*?\by\w* mon?\w* da?y?\b"), (2, 1, r".*?\by\w* mon?\w*\b"),
+                            (2, 3, r".*?\by\w* (q|qtr|quarter)\b")):
+        with contextlib.suppress(ValueError, TypeError, IndexError):
+            dates = [datetime(whole(row[j]), months * whole(row[j + 1]) - months + 1,
+                              whole(row[j + 2]) if n == 3 else 1) for row in found]
+            if len(kinds) > n and (re.match(head, title, re.I) or months == 1 and bare and
+                                   len({*dates}) == len(dates) > len({*years})):
                 if all(row[j + n] // 1 == year for row, year in zip(found, years)):
                     kinds[j + n] = int  # the same as a decimal number
                 kinds = {j: datetime} | {k: v for k, v in kinds.items() if k >= j + n}

@@ -525,6 +525,9 @@ TABLES = [  # text, columns, names, and the rows of x and y
     ("start;v\n23:30;1\n23:45:36;2\n0:15;3\n", None, "start v", "23.5 1, 23.76 2, 24.25 3"),
     ("start,v\n11:30 AM,1\n12:30 pm,2\n", None, "start v", "11.5 1, 12.5 2"),
     ("year month day v\n2020 1 1 3\n2020 1 2 4\n2020 2 1 5\n", None, "year v", "0 3, 1 4, 31 5"),
+    ("Year,Quarter,GDP\n2020,1,7\n2020,3,8\n2021,1,9\n", None, "Year GDP", "0 7, 182 8, 366 9"),
+    ("year,quarterly v,w\n2020,1,7\n2021,3,8\n", "all", "year quarterly_v w",
+     "2020 1 7, 2021 3 8"),
     ("2020 01 2020.04 7\n2020 02 2020.12 8\n2020 3 2020.2 9\n", None, "column_1 column_4",
      "0 7, 31 8, 60 9"),
     ("Year,Jan,Feb,Mar,Apr,May,Jun,Jul,Aug,Sep,Oct,Nov,Dec\n2020,5,6" + 9 * ",***" + ",7\n" +
@@ -539,7 +542,7 @@ def test_columns_gaps_and_dates_of_tables():
         assert " ".join(n.replace(" ", "_") for n in (table.x_name, *table.y_names)) == names
         want = [[float(v) for v in row.split()] for row in rows.split(",")]
         assert torch.cat((table.x, table.y), 1).tolist() == want, text
-        dated = re.search(r"2020[-/]|20200|\.2020|month|Jan|2020 01", text)
+        dated = re.search(r"2020[-/]|20200|\.2020|month|Jan|2020 01|Qu", text)
         assert table.origin == (datetime(2020, 1, 1) if dated else None)
     table = tables.read_table("t", None, "Tag,°C,err\n1,2,3\n2,,3\n3,4,4\n".encode("latin-1"))
     assert table.y_names == ["°C"] and [note.split(" (")[0] for note in table.notes] == [
@@ -561,7 +564,8 @@ def test_columns_gaps_and_dates_of_tables():
     ("0 1 366", form) for form in (
         "31/12/2020 1/1/2021 1/1/2022", "12/31/2020 1/1/2021 1/1/2022", "12/31/20 1/1/21 1/1/22",
         "31.12.20 1.1.21 1.1.22", "2020.12.31 2021.01.01 2022.1.1", "20201231 20210101 20220101",
-        "31-Dec-20 1-Jan-21 1-Jan-22", "31_December_2020 1_Jan._2021 Sat_1_Jan_2022",
+        "31-Dec-20 1-Jan-21 1-Jan-22", "Dec-31-2020 Jan-1-2021 Jan-1-22",
+        "31_December_2020 1_Jan._2021 Sat_1_Jan_2022",
         '"Dec_31,_2020" "January_1,_2021" "Sat,_January_1,_2022"',
         "12/30/2020_12:00_PM 12/31/2020_12:00_pm 12/31/2021_12:00:00_p.m.",
         "2020-12-31T02:30+02:30 2021-01-01T00:00Z 2021-12-31_19:00-05:00",
