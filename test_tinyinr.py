@@ -527,11 +527,15 @@ def test_a_place_in_space_starts_from_what_the_views_show_there():
     for p in (*tokenizer.proj.parameters(), *tokenizer.camera.parameters()):
         p.zero_()
     tokenizer.pos[:, :2] = tinyinr.pixel_grid(4, 4)
+    features = F.pad(tinyinr.pixel_grid(4, 4), (0, 62)).view(1, 1, 16, 64)
+    tokenizer.features.weight.copy_(torch.eye(32, 64))
+    tokenizer.features.bias.zero_()
     o, d = tinyinr.camera_rays(*views[1:], 16, 16)
     for b, v, row, column, depth in ((0, 0, 3, 9, 3.0), (1, 1, 12, 5, 4.5), (2, 0, 8, 2, 4.0)):
         tokenizer.voxels[5] = o[b, v, row, column] + depth * d[b, v, row, column]
-        tokens = tokenizer(*(x[[b]][:, [v]] for x in views)) - tokenizer.voxel_pos
-        close(tokens[0, 5, :2], tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column])
+        for more, times in (((), 1), ((features,), 2)):
+            tokens = tokenizer(*(x[[b]][:, [v]] for x in views), *more) - tokenizer.voxel_pos
+            close(tokens[0, 5, :2] / times, tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column])
 
 
 @every_model
