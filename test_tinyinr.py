@@ -63,7 +63,8 @@ def tiny(task, model, grid=True, fresh=False, **given) -> torch.nn.Module:
     """A small random model; unless fresh, what starts at 0 is random as well."""
     torch.manual_seed(0)
     grid = GRID[task] if grid is True else int(grid)
-    given = ({"n_features": 12, "n_harmonics": 3} if grid and task == "gp" else {}) | given
+    extra = {"gp": {"n_features": 12, "n_harmonics": 3}, "nvs": {"view_nodes": 4}}
+    given = (extra.get(task, {}) if grid else {}) | given
     model = tinyinr.build(ModelConfig(task, model, grid, **SIZES | given)).eval()
     for p in () if fresh else model.parameters():
         if not p.any():
@@ -180,6 +181,7 @@ def test_every_config_that_is_accepted_gives_a_model_that_runs():
     rng, n_run = random.Random(0), 0
     choices = dict(
         image_size=(1, 7, 16, 20), patch=(1, 3, 4, 8, 16), padding=(0, 1, 3), voxels=(2, 3),
+        view_nodes=(0, 0, 4),
         masked=(False, True), n_convs=(0, 1), cross_heads=(1, 2, 7, 64),
         n_groups=(1, 8, 64), latent_pool=("context", "query"), inr_depth=(1, 2))
     grids = {"image": (0, 2, 3, 4, 5, 6, 8, 10, 20), "nvs": (0, 2, 3, 4, 6), "gp": (
@@ -373,14 +375,15 @@ def test_batched_inr_equals_linear_layers_signal_by_signal(task, grid):
     context, query = signals(task)
     code, (points, _) = model.encode(context), model.signal.points(query)
     out = model.field(code, points)
-    nodes = code.pop("grid", None)
+    views = model.read_views(code, points) if task == "nvs" and grid else torch.zeros(3, 1, 32)
+    nodes, code = code.get("grid"), {k: code[k] for k in model.shapes}
     for b in range(3):
         scale = math.pi if task == "image" else 1.0
         h = tinyinr.positional_encoding(points[b], model.freqs, scale)
         for i, wb in enumerate(code.values()):
             h = F.linear(h.relu() if i else h, wb[b, :-1].T, wb[b, -1])
             if grid and i == 0:
-                h = h + tinyinr.interpolation_weights(points[b], model.axis) @ nodes[b]
+                h = h + tinyinr.interpolation_weights(points[b], model.axis) @ nodes[b] + views[b]
         close(out[b], h + (0.25 if task == "image" else 0.0))
 
 
@@ -524,11 +527,35 @@ def test_a_place_in_space_starts_from_what_the_views_show_there():
     for p in (*tokenizer.proj.parameters(), *tokenizer.camera.parameters()):
         p.zero_()
     tokenizer.pos[:, :2] = tinyinr.pixel_grid(4, 4)
+    features = F.pad(tinyinr.pixel_grid(4, 4), (0, 62)).view(1, 1, 16, 64)
+    tokenizer.features.weight.copy_(torch.eye(32, 64))
+    tokenizer.features.bias.zero_()
     o, d = tinyinr.camera_rays(*views[1:], 16, 16)
     for b, v, row, column, depth in ((0, 0, 3, 9, 3.0), (1, 1, 12, 5, 4.5), (2, 0, 8, 2, 4.0)):
         tokenizer.voxels[5] = o[b, v, row, column] + depth * d[b, v, row, column]
-        tokens = tokenizer(*(x[[b]][:, [v]] for x in views)) - tokenizer.voxel_pos
-        close(tokens[0, 5, :2], tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column])
+        for more, times in (((), 1), ((features,), 2)):
+            tokens = tokenizer(*(x[[b]][:, [v]] for x in views), *more) - tokenizer.voxel_pos
+            close(tokens[0, 5, :2] / times, tinyinr.pixel_grid(16, 16).view(16, 16, 2)[row, column])
+
+
+@every_model
+def test_a_point_reads_the_maps_of_the_views_that_show_it_and_its_mirror_image(name):
+    """As grid_sample does, at the pixels whose rays meet in the point; the mean over views."""
+    model, (context, _) = tiny("nvs", name), signals("nvs")
+    code, corner = model.encode(context), slice(3, 13)  # between the 4 x 4 nodes
+    at = tinyinr.pixel_grid(16, 16).view(16, 16, 2)[corner, corner].flip(-1).expand(3, -1, -1, -1)
+    o, d = tinyinr.camera_rays(context["poses"], context["focals"], 16, 16)
+    points = (o + 3.7 * d)[:, :, corner, corner].flatten(2, 3)  # (B, V, K, 3)
+    for v, mirrored in product((0, 1), (0, 1)):
+        one = {k: w[:, [v]].clone() for k, w in code.items() if k.startswith("views")}
+        one["views_map"][:, :, 1 - mirrored] = 0
+        nodes = one["views_map"][:, 0, mirrored].mT.unflatten(2, (4, 4))
+        want = F.grid_sample(nodes, at, align_corners=False).flatten(2).mT
+        x = points[:, v] * torch.tensor([1.0 - 2 * mirrored, 1, 1])
+        close(model.read_views(one, x), want)
+        assert want.std() > 1e-3
+    each = [model.read_views({k: w[:, [v]] for k, w in code.items()}, points[:, 0]) for v in (0, 1)]
+    close(model.read_views(code, points[:, 0]), sum(each) / 2)
 
 
 @pytest.mark.parametrize("n", (48, 96, 144, 192, 240))
@@ -1322,14 +1349,17 @@ def test_every_cell_learns(task, name, tmp_path):
 
 
 def test_optimization_equals_a_plain_adam_loop():
-    """On every weight of a signal alone, with the mean squared error of the same random rays."""
+    """On every weight of a signal alone, with the mean squared error of the same random rays.
+
+    What is known of the views stays.
+    """
     model, (context, _) = tiny("nvs", "transinr"), signals("nvs", batch=2)
     code = model.encode(context)
     refined = tinyinr.optimize(model, code, context, 3, lr=1e-2, targets=100)
     query, values, _ = model.signal.context_as_targets(context)
     for b in ([0], [1]):
-        one = {k: v[b].requires_grad_() for k, v in code.items()}
-        adam = torch.optim.Adam(one.values(), 1e-2)
+        one = {k: v[b].requires_grad_(not k.startswith("views")) for k, v in code.items()}
+        adam = torch.optim.Adam([v for v in one.values() if v.requires_grad], 1e-2)
         for step in range(3):
             pick = torch.randperm(values.shape[1], generator=tinyinr.generator(step, 6))[:100]
             part = {k: v[b][:, pick] for k, v in query.items()}

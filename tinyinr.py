@@ -104,6 +104,7 @@ class ModelConfig(Checked):
     padding: int = bounded(1)
     masked: bool = False  # images: the model also reads which pixels were seen
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
+    view_nodes: int = bounded(0, 0, 256)  # and nodes along a side of the views' feature maps
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
     n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
@@ -148,6 +149,12 @@ class ModelConfig(Checked):
         if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
             raise ValueError(f"n_harmonics={self.n_harmonics} must be less than half of "
                              f"n_features={self.n_features}; try {most // 2}")
+        if (n := self.view_nodes) and not (self.task == "nvs" and self.grid):
+            raise ValueError(f"view_nodes={n} is for scenes with a grid; set it to 0")
+        if n and (n < 2 or self.image_size % n):
+            divisor = math.gcd(n, self.image_size)
+            raise ValueError(f"view_nodes={n} must divide image_size={self.image_size} in two or "
+                             f"more; try {divisor if divisor > 1 else 0}")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} must be at most the padded image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
@@ -218,7 +225,7 @@ class TrainConfig(Checked):
 
 IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
-             batch_size=8, target_views=8, balance=0.75, augment=True)
+             batch_size=8, target_views=8, balance=0.75, augment=True, view_nodes=16)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
               n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
@@ -244,7 +251,7 @@ SMALL = {  # (task, model): what differs from the defaults
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
     "image": dict(grid=0, freq_top=1024.0, zoom=1, holes=0.0),
-    "nvs": dict(grid=0, freq_top=256.0, points_per_ray=32),
+    "nvs": dict(grid=0, view_nodes=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
@@ -1002,13 +1009,14 @@ class VNP(Model):
 
 
 def interpolation_weights(x: Tensor, axis: Tensor, dtype=None) -> Tensor:
-    """Weights (..., n^C) of all nodes in the multilinear interpolation at points x (..., C)."""
-    weight = F.relu(1 - (x.unsqueeze(-1) - axis).abs() / (axis[1] - axis[0]))  # (..., C, n)
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    *rest, out = weight.to(dtype or x.dtype).unbind(-2)
-    for w in reversed(rest):  # the long axis last: vectors
-        out = (w.unsqueeze(-1) * out.unsqueeze(-2)).flatten(-2)
-    return out
+    """Weights (..., K, n^C) of all nodes in multilinear interpolation at points x (..., K, C)."""
+    x = x.mT.contiguous().unsqueeze(-2)  # points last, the long axis: vectors
+    weight = F.relu(1 - (x - axis[:, None]).abs() / (axis[1] - axis[0]))  # (..., C, n, K)
+    weight = weight / weight.sum(-2, keepdim=True).clamp(min=1e-6)
+    *rest, out = weight.to(dtype or x.dtype).unbind(-3)
+    for w in reversed(rest):
+        out = (w.unsqueeze(-2) * out.unsqueeze(-3)).flatten(-3, -2)
+    return out.mT
 
 
 def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
@@ -1060,12 +1068,49 @@ class RelPosBlock(Block):
         return super().forward(x, self.rel_pos_bias[:, self.distance])  # (n_heads, T, T)
 
 
+def project(points, poses, focals, size) -> tuple[Tensor, Tensor]:
+    """Points (..., K, 3) in the axes of cameras (..., 3, 4), and where their views show them.
+
+    Returns (..., K, 3), and row and column (..., K, 2), in (-1, 1) within a view of `size` (H, W).
+    """
+    x = points.mT - poses[..., 3:]
+    with no_autocast(x):
+        x = poses[..., :3].mT.to(x.dtype) @ x  # (..., 3, K)
+    right, up, back = x.split(1, -2)
+    at = torch.cat((-up, right), -2) / -back.clamp(max=-1e-3)  # row, column
+    half = 0.5 * x.new_tensor(size) / focals.flip(-1)  # tangents of half the view
+    return x.mT, (at / half.unsqueeze(-1)).mT
+
+
+class ViewFeatures(nn.Module):
+    """Views (B, V, 3, S, S) -> features of n x n equal parts of each, (B, V, n^2, WIDTH).
+
+    A linear map of a part's pixels, then residual convolutions over the parts around.
+    """
+
+    WIDTH = 64
+
+    def __init__(self, n: int, image_size: int):
+        super().__init__()
+        width, patch = self.WIDTH, image_size // n
+        self.parts = nn.Conv2d(3, width, patch, patch)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d)
+                                   for d in (1, 2))
+
+    def forward(self, images):
+        x = self.parts((4 * images - 2).flatten(0, 1).to(self.parts.weight.dtype))
+        for conv in self.convs:
+            x = x + conv(F.gelu(x))
+        return F.gelu(x).flatten(2).mT.unflatten(0, images.shape[:2])
+
+
 class VoxelTokenizer(RayTokenizer):
     """Views -> a token for every voxel of a grid in space, (B, n^3, D): what the views show there.
 
-    Averaged over views, the patch tokens interpolated at its projection and a linear map of its
-    place before the camera; to this are added a linear map of the same of the voxel's mirror image
-    at -x, as most objects are symmetric, and a learned position.
+    Averaged over views, the patch tokens and a linear map of the views' features, interpolated at
+    its projection, and a linear map of its place before the camera; to this are added a linear map
+    of the same of the voxel's mirror image at -x, as most objects are symmetric, and a learned
+    position.
     """
 
     def __init__(self, cfg: ModelConfig, axis: Tensor, view_axis: Tensor):
@@ -1075,16 +1120,21 @@ class VoxelTokenizer(RayTokenizer):
         self.register_buffer("view_axis", view_axis, persistent=False)  # where patches lie
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
         self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
+        self.features = nn.Linear(ViewFeatures.WIDTH, cfg.dim) if cfg.view_nodes else None
+        parts = (torch.arange(cfg.view_nodes) + 0.5) * 2 / max(1, cfg.view_nodes) - 1
+        self.register_buffer("map_axis", parts, persistent=False)  # where views have features
 
-    def forward(self, images, poses, focals):  # (B, V, 3, H, W), (B, V, 3, 4), (B, V, 2)
+    def forward(self, images, poses, focals, features=None):
+        """Images (B, V, 3, H, W), poses (B, V, 3, 4), focals (B, V, 2), features (B, V, n^2, D)."""
         scaled = poses * poses.new_tensor([1, 1, 1, 1 / self.distance])  # inputs of like size
         patches = super().forward(4 * images - 2, scaled, focals)
         patches = patches.unflatten(1, (images.shape[1], -1)).flatten(0, 1)  # (B V, T, D)
-        x = (self.voxels - poses[..., None, :, 3]) @ poses[..., :3]  # (B, V, n^3, 3): camera's axes
-        at = x[..., [1, 0]] * x.new_tensor([-1, 1]) / -x[..., 2:].clamp(max=-1e-3)  # row, column
-        half = 0.5 * x.new_tensor(images.shape[-2:]) / focals.flip(-1)  # tangents of half the view
-        at = (at / half.unsqueeze(2)).flatten(0, 1)  # in (-1, 1) where the view shows it
-        seen = interpolate(patches, at, self.view_axis).unflatten(0, x.shape[:2])
+        x, at = project(self.voxels, poses, focals, images.shape[-2:])  # (B, V, n^3, .)
+        seen = interpolate(patches, at.flatten(0, 1), self.view_axis)
+        if features is not None:
+            features = self.features(features.flatten(0, 1))
+            seen = seen + interpolate(features, at.flatten(0, 1), self.map_axis)
+        seen = seen.unflatten(0, x.shape[:2])
         tokens = (seen + self.camera(x.to(seen.dtype))).mean(1)  # (B, n^3, D)
         mirrored = tokens.unflatten(1, (self.n, -1)).flip(1).flatten(1, 2)
         return tokens + self.mirror(mirrored) + self.voxel_pos
@@ -1153,6 +1203,9 @@ class GridScene(Scene):
     def tokenizer(self):
         cfg = self.cfg
         return VoxelTokenizer(cfg, self.axis(cfg.voxels), patch_axis(cfg, cfg.n_patches))
+
+    def inputs(self, context):
+        return *super().inputs(context), context.get("features")
 
     def depth_range(self, query):
         rays_o, rays_d = query["rays_o"], query["rays_d"]
@@ -1306,22 +1359,52 @@ class FeatureGrid:
     """What both models with a feature grid share; `nodes(code)` is the grid (B, n^C, width)."""
 
     def add_grid(self, width: int, head):
-        """A head from a token to its nodes; of a curve the regression on what they hold."""
+        """A head from a token to its nodes; of curves a regression, of scenes maps of the views."""
         cfg, dim = self.cfg, self.signal.coord_dim
         self.factor = cfg.grid // cfg.side
         self.grid_head = head(cfg.dim, width * self.factor**dim)
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
         self.regression = Regression(cfg, width) if cfg.n_features else None
+        self.views = ViewFeatures(cfg.view_nodes, cfg.image_size) if cfg.view_nodes else None
+        if self.views:  # the field starts without them
+            self.map_head = nn.Linear(self.views.WIDTH, 2 * width)
+            for p in self.map_head.parameters():
+                nn.init.zeros_(p)
 
     def upsample(self, tokens: Tensor) -> Tensor:
         """Tokens (B, side^C, D) -> nodes (B, n^C, width)."""
         return upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
 
     def interpolate(self, code, points):
-        return interpolate(self.nodes(code), points, self.axis)
+        """What grid and views hold at points (B or 1, K, .), (B, K, width)."""
+        out = interpolate(self.nodes(code), points, self.axis)
+        return out + self.read_views(code, points) if self.views else out
+
+    def read_views(self, code, points):
+        """Mean over views of their maps where they show a point, and where its mirror image."""
+        maps, poses, focals = (code[f"views_{k}"] for k in ("map", "poses", "focals"))
+        size, out = [self.cfg.image_size] * 2, 0
+        for nodes, x in zip(maps.unbind(2), (points, points * points.new_tensor([-1, 1, 1]))):
+            at = project(x.unsqueeze(1), poses, focals, size)[1].flatten(0, 1)  # (B V, K, 2)
+            out = out + interpolate(nodes.flatten(0, 1), at, self.tokenizer.map_axis)
+        return out.unflatten(0, poses.shape[:2]).mean(1)
+
+    def with_features(self, context):
+        """The context, of scenes with the features of its views."""
+        if self.views:
+            context = context | {"features": self.views(context["images"])}
+        return context
 
     def observe(self, code, context):
-        """The code, of a curve with the regression's `posterior` (B, D, 1 + F, F) and `scale`."""
+        """The code with what else the field reads.
+
+        Of a curve the regression's `posterior` (B, D, 1 + F, F) and `scale`; of scenes the views'
+        cameras and `views_map` (B, V, 2, n^2, width): for points and for their mirror images.
+        """
+        if self.views:
+            maps = self.map_head(context["features"]).unflatten(-1, (2, -1)).transpose(2, 3)
+            code["views_map"] = maps.to(next(iter(code.values())).dtype)
+            code |= {f"views_{k}": context[k] for k in ("poses", "focals")}
         if self.regression:
             code["posterior"], code["scale"] = self.regression.fit(
                 *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
@@ -1348,7 +1431,8 @@ class FeatureGrid:
 class GridTransINR(FeatureGrid, TransINR):
     """TransINR with h0 = b + PE(x) W + interpolate(grid, x): its first layer reads a feature grid.
 
-    The code has one more entry, `grid` (B, n^C, width), generated by the data tokens.
+    The code has one more entry, `grid` (B, n^C, width), generated by the data tokens, and those of
+    `observe`. To h0 is added what the maps of a scene's views hold.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1363,6 +1447,7 @@ class GridTransINR(FeatureGrid, TransINR):
         return code["grid"]
 
     def encode(self, context):
+        context = self.with_features(context)
         data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
         code["grid"] = self.upsample(data).to(next(iter(code.values())).dtype)
@@ -1374,7 +1459,7 @@ class GridTransINR(FeatureGrid, TransINR):
 
 
 class GridVNP(FeatureGrid, VNP):
-    """VNP whose target features start from a feature grid: f0 = interpolate(grid, x)."""
+    """VNP whose target features start from a feature grid, and a scene's views, at the points."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg, GRID_SIGNALS[cfg.task](cfg))
@@ -1390,6 +1475,7 @@ class GridVNP(FeatureGrid, VNP):
         return self.upsample(code["tokens"])
 
     def encode(self, context):
+        context = self.with_features(context)
         return self.observe(super().encode(context), context)
 
     def initial_features(self, code, points, e):
@@ -2179,20 +2265,21 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
     query, values, weight = model.signal.context_as_targets(context)
-    code = {k: v.detach().clone().requires_grad_() for k, v in code.items()}
+    views = {k: v for k, v in code.items() if k.startswith("views_")}  # no weights
+    code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in views}
     lr = (2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
     optimizer = torch.optim.Adam(code.values(), lr)
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)
         with torch.enable_grad():
-            prediction = model.decode(code, select_queries(query, pick))
+            prediction = model.decode(code | views, select_queries(query, pick))
             error = model.signal.error(prediction, values[:, pick]).mean(-1)  # (B, M)
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
         optimizer.zero_grad()
         error.backward(inputs=list(code.values()))
         optimizer.step()
-    return {k: v.detach() for k, v in code.items()}
+    return {k: v.detach() for k, v in code.items()} | views
 
 
 # ------------------------------------------------------------------------- command line
