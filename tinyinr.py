@@ -1990,7 +1990,6 @@ class Device:
 
     name: str
     dtype: torch.dtype | None  # of autocast; None: everything in fp32
-    why: str
 
     def autocast(self):
         return torch.autocast(self.name, self.dtype, enabled=self.dtype is not None)
@@ -2030,17 +2029,10 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if not there[name]:
         raise ValueError(f"device={name!r}, but PyTorch finds none here; use cpu or auto")
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
-    if precision != "auto":
-        bf16, why = precision == "bf16", "as asked for"
-    elif name == "mps":
-        bf16, why = False, "autocast does not pay on this device"
-    elif name == "cuda":
-        bf16, why = torch.cuda.is_bf16_supported(), "what this GPU multiplies fastest"
-    else:
-        bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-        why = f"this CPU has {'' if bf16 else 'no '}bf16 products"
-    return Device(name, torch.bfloat16 if bf16 else None,
-                  f"{'bf16 autocast' if bf16 else 'fp32'}: {why}")
+    bf16_pays = {"cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False),
+                 "cuda": torch.cuda.is_bf16_supported, "mps": lambda: False}
+    bf16 = bf16_pays[name]() if precision == "auto" else precision == "bf16"
+    return Device(name, torch.bfloat16 if bf16 else None)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of u, u u^T u and (u u^T)^2 u (Jordan et al., 2024)

@@ -114,8 +114,8 @@ def bench_cell(cfg, recipe, name: str) -> dict:
         decode = median_seconds(lambda: model.decode(code, query), device.name)
     flops, peak = counter.get_total_flops(), peak_flops(device.dtype, device.name)
     size = recipe.batch_size
-    return {"cell": f"{cfg.task}-{cfg.model}", "precision": device.why, "step_ms": 1000 * step,
-            "signals_per_s": size / step, "gflop": flops / 1e9, "share": flops / step / peak,
+    return {"cell": f"{cfg.task}-{cfg.model}", "precision": "bf16" if device.dtype else "fp32",
+            "step_ms": 1000 * step, "signals_per_s": size / step, "gflop": flops / 1e9, "share": flops / step / peak,
             "memory_mb": memory, "encode_ms": 1000 * encode / size,
             "decode_per_s": size * target.shape[1] / decode}
 

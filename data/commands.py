@@ -102,7 +102,7 @@ def check_output(out, *inputs, folder: bool = False):
 
 
 def banner(run: Run):
-    """Print what is about to run: configuration, parameters by part, device and why."""
+    """Print what is about to run: configuration, parameters by part, device."""
     count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
     model, cfg, recipe = run.model, run.cfg, run.recipe
     parts = {name: count(part) for name, part in model.named_children()}
@@ -112,7 +112,8 @@ def banner(run: Run):
     click.echo(f"{cfg.model} on {cfg.task}, preset {recipe.preset}: {given}")
     click.echo(f"{count(model):.2f} M parameters: "
                + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 1e-9))
-    click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads; {run.device.why}")
+    click.echo(f"device {run.device.name}, {torch.get_num_threads()} threads, "
+               f"{'bf16 autocast' if run.device.dtype else 'fp32'}")
 
 
 LENGTHS = ("steps", "minutes", "epochs")  # of a run
