@@ -115,8 +115,8 @@ def bench_cell(cfg, recipe, name: str) -> dict:
     flops, peak = counter.get_total_flops(), peak_flops(device.dtype, device.name)
     size = recipe.batch_size
     return {"cell": f"{cfg.task}-{cfg.model}", "precision": "bf16" if device.dtype else "fp32",
-            "step_ms": 1000 * step, "signals_per_s": size / step, "gflop": flops / 1e9, "share": flops / step / peak,
-            "memory_mb": memory, "encode_ms": 1000 * encode / size,
+            "step_ms": 1000 * step, "signals_per_s": size / step, "gflop": flops / 1e9,
+            "share": flops / step / peak, "memory_mb": memory, "encode_ms": 1000 * encode / size,
             "decode_per_s": size * target.shape[1] / decode}
 
 
