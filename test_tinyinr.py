@@ -888,28 +888,6 @@ def test_masked_images_are_seen_in_a_random_part_and_some_of_them_whole():
         assert whole == 1 or 0.5 < seen[seen < 1].mean() < 0.7
 
 
-def test_a_hole_is_a_rectangle_of_unseen_pixels():
-    """Anywhere, of 0.2 to 0.8 of the sides; a part `holes` of the partly seen images have one."""
-    gens = [tinyinr.generator(i) for i in range(300)]
-    masks, sides, places = tinyinr.random_holes(rand(300, 3, 30, 40), gens)[:, 0], [], []
-    for mask in masks:
-        rows, cols = (mask == 0).nonzero().unbind(1)
-        box = rows.min(), rows.max() + 1, cols.min(), cols.max() + 1
-        assert not mask[box[0]:box[1], box[2]:box[3]].any() and mask.sum() == 1200 - len(rows)
-        sides.append([(box[1] - box[0]) / 30, (box[3] - box[2]) / 40])
-        places.append([*box])
-    sides, places = torch.tensor(sides), torch.tensor(places)
-    assert 0.15 < sides.min() < 0.25 and 0.75 < sides.max() < 0.85
-    assert places.amin(0)[::2].tolist() == [0, 0] and places.amax(0)[1::2].tolist() == [30, 40]
-    cfg, recipe = configs("image", "vnp", masked=True, min_seen=0.5, holes=0.5, whole=0.5,
-                          batch_size=300)
-    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-    mask = next(tinyinr.image_batches(cfg, recipe, pixels))[0]["mask"][:, 0]
-    cross = (mask == 0).any(1, True) & (mask == 0).any(2, True)  # the box of what is unseen
-    holes = cross.any((1, 2)) & ((mask == 0) == cross).all((1, 2))
-    assert 60 < holes.sum() < 90 and 130 < (mask == 1).all((1, 2)).sum() < 170
-
-
 def balls(folder, train, test="", size=16):
     """A data set of scenes of a ball with one letter each, split by its file."""
     for i, name in enumerate(sorted({*train, *test})):

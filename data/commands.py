@@ -118,7 +118,7 @@ def banner(run: Run):
 
 LENGTHS = ("steps", "minutes", "epochs")  # of a run
 FIELDS = {  # that one task or model alone reads
-    "image": "masked out_bias flip random_crop zoom min_seen whole holes",
+    "image": "masked out_bias flip random_crop zoom min_seen whole",
     "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
            "train_views",
     "gp": "n_values n_convs n_features n_harmonics kernel rough",

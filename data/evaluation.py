@@ -19,8 +19,8 @@ from data.images import ImageSet, nearest_filling
 from data.runs import track
 from data.scenes import SceneSet
 from tinyinr import (WINDOW, Prediction, atomic, camera_rays, fill_unseen, generator,
-                     log_likelihood, optimize, pixel_grid, predict, psnr, random_holes,
-                     random_masks, rank_and_world_size, to_device)
+                     log_likelihood, optimize, pixel_grid, predict, psnr, random_masks,
+                     rank_and_world_size, to_device)
 
 
 def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1, targets=True):
@@ -104,28 +104,24 @@ class Case(NamedTuple):
     large: Tensor | None = None
 
 
-SEEN = {"10% seen": 0.1, "30% seen": 0.3, "50% seen": 0.5, "rectangle unseen": 0.0}
-
-
 def image_cases(model, data, only=None, batch=32):
-    """Every image, or `only` some; of a masked model also as SEEN says: in part, or with a hole."""
+    """Every image, or `only` some; of a masked model with 10, 30 and 50 % of its pixels, too."""
     device, groups = model.freqs.device, {}
     grid = pixel_grid(*2 * (model.cfg.image_size,), device)[None]
     for i in range(len(data)) if only is None else only:
         groups.setdefault((data.labels[i], bool(data.native[i])), []).append(i)
-    for kind in ("", *SEEN) if model.cfg.masked else ("",):
+    for fraction in (1.0, 0.1, 0.3, 0.5) if model.cfg.masked else (1.0,):
         for (label, native), members in groups.items():
             for i in range(0, len(members), batch):
                 picked = members[i : i + batch]
                 pixels, large = next(data.batches([(picked, 0)]))
                 context = {"image": pixels.to(device).float() / 255}
-                image, gens = context["image"], [generator(0, k) for k in picked]
-                if kind:
-                    context["mask"] = (random_masks(image, SEEN[kind], SEEN[kind], gens)
-                                       if SEEN[kind] else random_holes(image, gens))
-                yield Case(context, {"coords": grid}, image.flatten(2).mT.unsqueeze(1),
-                           f"{label}, {kind}" if kind else label, torch.tensor(picked),
-                           None if kind or not native else large)
+                if fraction < 1:
+                    context["mask"] = random_masks(context["image"], fraction, fraction,
+                                                   [generator(0, k) for k in picked])
+                yield Case(context, {"coords": grid}, context["image"].flatten(2).mT.unsqueeze(1),
+                           label if fraction == 1 else f"{label}, {fraction:.0%} seen",
+                           torch.tensor(picked), large if native and fraction == 1 else None)
 
 
 def scene_cases(model, data, only=None, pairs=0, batch=10):
