@@ -1020,10 +1020,9 @@ def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
     at the border for one spacing, then they are 0. A small grid is a matrix product with the
     weights of all nodes, a large one reads the 2^C neighbors of a point (each twice as fast there).
     """
-    n, dim = len(axis), x.shape[-1]
-    if n**dim <= 256:
-        cast = under_autocast(x)  # what the product will be in
-        dtype = torch.get_autocast_dtype(x.device.type) if cast else grid.dtype
+    n, dim, cast = len(axis), x.shape[-1], under_autocast(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else grid.dtype  # of a product
+    if n**dim <= (256 if dtype.itemsize < 4 else 128):
         return interpolation_weights(x, axis, dtype) @ grid
     at = (x - axis[0]) * ((n - 1) / (axis[-1] - axis[0]))
     inside = ((at > -1) & (at < n)).all(-1, keepdim=True)
