@@ -1326,17 +1326,19 @@ def test_every_cell_learns(task, name, tmp_path):
 # ------------------------------------------------------------------------- test-time optimization
 
 
-def test_optimization_equals_a_plain_adam_loop():
+@pytest.mark.parametrize("view_nodes", (0, 4))
+def test_optimization_equals_a_plain_adam_loop(view_nodes):
     """On every weight of a signal alone, with the mean squared error of the same random rays.
 
-    What is known of the views stays.
+    Where the field reads the views on the grid alone: cameras, maps and layers stay.
     """
-    model, (context, _) = tiny("nvs", "transinr"), signals("nvs", batch=2)
+    model = tiny("nvs", "transinr", view_nodes=view_nodes)
+    context, _ = signals("nvs", batch=2)
     code = model.encode(context)
     refined = tinyinr.optimize(model, code, context, 3, lr=1e-2, targets=100)
     query, values, _ = model.signal.context_as_targets(context)
     for b in ([0], [1]):
-        one = {k: v[b].requires_grad_(not k.startswith("views")) for k, v in code.items()}
+        one = {k: v[b].requires_grad_(not view_nodes or k == "grid") for k, v in code.items()}
         adam = torch.optim.Adam([v for v in one.values() if v.requires_grad], 1e-2)
         for step in range(3):
             pick = torch.randperm(values.shape[1], generator=tinyinr.generator(step, 6))[:100]

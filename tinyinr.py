@@ -1024,10 +1024,9 @@ def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
     at the border for one spacing, then they are 0. A small grid is a matrix product with the
     weights of all nodes, a large one reads the 2^C neighbors of a point (each twice as fast there).
     """
-    n, dim = len(axis), x.shape[-1]
-    if n**dim <= 256:
-        cast = under_autocast(x)  # what the product will be in
-        dtype = torch.get_autocast_dtype(x.device.type) if cast else grid.dtype
+    n, dim, cast = len(axis), x.shape[-1], under_autocast(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else grid.dtype  # of a product
+    if n**dim <= (256 if dtype.itemsize < 4 else 128):
         return interpolation_weights(x, axis, dtype) @ grid
     at = (x - axis[0]) * ((n - 1) / (axis[-1] - axis[0]))
     inside = ((at > -1) & (at < n)).all(-1, keepdim=True)
@@ -2238,26 +2237,27 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
     Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, 1,024 random targets a step;
-    all signals of the batch at once. Returns a new code.
+    all signals of the batch at once. Where the field reads the views only the grid is refined, at
+    1e-3: other weights are right for these views already, and harm the others. Returns a new code.
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
     query, values, weight = model.signal.context_as_targets(context)
-    views = {k: v for k, v in code.items() if k.startswith("views_")}  # no weights
-    code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in views}
-    lr = (2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
+    fixed = {k: v for k, v in code.items() if model.cfg.view_nodes and k != "grid"}
+    code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
+    lr = (1e-3 if fixed else 2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
     optimizer = torch.optim.Adam(code.values(), lr)
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)
         with torch.enable_grad():
-            prediction = model.decode(code | views, select_queries(query, pick))
+            prediction = model.decode(fixed | code, select_queries(query, pick))
             error = model.signal.error(prediction, values[:, pick]).mean(-1)  # (B, M)
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
         optimizer.zero_grad()
         error.backward(inputs=list(code.values()))
         optimizer.step()
-    return {k: v.detach() for k, v in code.items()} | views
+    return fixed | {k: v.detach() for k, v in code.items()}
 
 
 # ------------------------------------------------------------------------- command line
