@@ -1118,8 +1118,8 @@ class VoxelTokenizer(RayTokenizer):
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
         self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         self.features = nn.Linear(ViewFeatures.WIDTH, cfg.dim) if cfg.view_nodes else None
-        parts = (torch.arange(cfg.view_nodes) + 0.5) * 2 / max(1, cfg.view_nodes) - 1
-        self.register_buffer("map_axis", parts, persistent=False)  # where views have features
+        parts = pixel_grid(cfg.view_nodes, 1)[:, 0]  # where views have features
+        self.register_buffer("map_axis", parts, persistent=False)
 
     def forward(self, images, poses, focals, features=None):
         """Images (B, V, 3, H, W), poses (B, V, 3, 4), focals (B, V, 2), features (B, V, n^2, D)."""
