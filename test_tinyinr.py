@@ -375,7 +375,7 @@ def test_batched_inr_equals_linear_layers_signal_by_signal(task, grid):
     context, query = signals(task)
     code, (points, _) = model.encode(context), model.signal.points(query)
     out = model.field(code, points)
-    views = model.read_views(code, points) if task == "nvs" and grid else torch.zeros(3, 1, 32)
+    views = model.views.read(code, points) if task == "nvs" and grid else torch.zeros(3, 1, 32)
     nodes, code = code.get("grid"), {k: code[k] for k in model.shapes}
     for b in range(3):
         scale = math.pi if task == "image" else 1.0
@@ -552,10 +552,10 @@ def test_a_point_reads_the_maps_of_the_views_that_show_it_and_its_mirror_image(n
         nodes = one["views_map"][:, 0, mirrored].mT.unflatten(2, (4, 4))
         want = F.grid_sample(nodes, at, align_corners=False).flatten(2).mT
         x = points[:, v] * torch.tensor([1.0 - 2 * mirrored, 1, 1])
-        close(model.read_views(one, x), want)
+        close(model.views.read(one, x), want)
         assert want.std() > 1e-3
-    each = [model.read_views({k: w[:, [v]] for k, w in code.items()}, points[:, 0]) for v in (0, 1)]
-    close(model.read_views(code, points[:, 0]), sum(each) / 2)
+    each = [model.views.read({k: w[:, [v]] for k, w in code.items()}, points[:, 0]) for v in (0, 1)]
+    close(model.views.read(code, points[:, 0]), sum(each) / 2)
 
 
 @pytest.mark.parametrize("n", (48, 96, 144, 192, 240))

@@ -1079,26 +1079,45 @@ def project(points, poses, focals, size) -> tuple[Tensor, Tensor]:
     return x.mT, (at / half.unsqueeze(-1)).mT
 
 
-class ViewFeatures(nn.Module):
-    """Views (B, V, 3, S, S) -> features of n x n equal parts of each, (B, V, n^2, WIDTH).
+class ViewMaps(nn.Module):
+    """What tokens and field read of a scene's context views (as pixelNeRF, Yu et al., 2021).
 
-    A linear map of a part's pixels, then residual convolutions over the parts around.
+    Every view has n x n equal parts. Their features, (B, V, n^2, WIDTH), are a linear map of a
+    part's pixels, then residual convolutions over the parts around. A linear map of these gives
+    two maps of nodes, (B, V, 2, n^2, width): one is read where a view shows a point, the other
+    where it shows the point's mirror image at -x, as most objects are symmetric. They start at 0.
     """
 
     WIDTH = 64
 
-    def __init__(self, n: int, image_size: int):
+    def __init__(self, n: int, image_size: int, width: int):
         super().__init__()
-        width, patch = self.WIDTH, image_size // n
-        self.parts = nn.Conv2d(3, width, patch, patch)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d)
+        self.image_size, patch = image_size, image_size // n
+        self.parts = nn.Conv2d(3, self.WIDTH, patch, patch)
+        self.convs = nn.ModuleList(nn.Conv2d(self.WIDTH, self.WIDTH, 3, padding=d, dilation=d)
                                    for d in (1, 2))
+        self.head = nn.Linear(self.WIDTH, 2 * width)
+        for p in self.head.parameters():
+            nn.init.zeros_(p)
+        self.register_buffer("axis", pixel_grid(n, 1)[:, 0], persistent=False)
 
-    def forward(self, images):
+    def features(self, images):
         x = self.parts((4 * images - 2).flatten(0, 1).to(self.parts.weight.dtype))
         for conv in self.convs:
             x = x + conv(F.gelu(x))
         return F.gelu(x).flatten(2).mT.unflatten(0, images.shape[:2])
+
+    def maps(self, features):
+        return self.head(features).unflatten(-1, (2, -1)).transpose(2, 3)
+
+    def read(self, code, points):
+        """The mean over views of both maps at points (B or 1, K, 3), (B, K, width)."""
+        maps, poses, focals = (code[f"views_{k}"] for k in ("map", "poses", "focals"))
+        size, out = (self.image_size, self.image_size), 0
+        for nodes, x in zip(maps.unbind(2), (points, points * points.new_tensor([-1, 1, 1]))):
+            at = project(x.unsqueeze(1), poses, focals, size)[1].flatten(0, 1)  # (B V, K, 2)
+            out = out + interpolate(nodes.flatten(0, 1), at, self.axis)
+        return out.unflatten(0, poses.shape[:2]).mean(1)
 
 
 class VoxelTokenizer(RayTokenizer):
@@ -1117,7 +1136,7 @@ class VoxelTokenizer(RayTokenizer):
         self.register_buffer("view_axis", view_axis, persistent=False)  # where patches lie
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
         self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
-        self.features = nn.Linear(ViewFeatures.WIDTH, cfg.dim) if cfg.view_nodes else None
+        self.features = nn.Linear(ViewMaps.WIDTH, cfg.dim) if cfg.view_nodes else None
         parts = pixel_grid(cfg.view_nodes, 1)[:, 0]  # where views have features
         self.register_buffer("map_axis", parts, persistent=False)
 
@@ -1362,11 +1381,7 @@ class FeatureGrid:
         self.grid_head = head(cfg.dim, width * self.factor**dim)
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
         self.regression = Regression(cfg, width) if cfg.n_features else None
-        self.views = ViewFeatures(cfg.view_nodes, cfg.image_size) if cfg.view_nodes else None
-        if self.views:  # the field starts without them
-            self.map_head = nn.Linear(self.views.WIDTH, 2 * width)
-            for p in self.map_head.parameters():
-                nn.init.zeros_(p)
+        self.views = ViewMaps(cfg.view_nodes, cfg.image_size, width) if cfg.view_nodes else None
 
     def upsample(self, tokens: Tensor) -> Tensor:
         """Tokens (B, side^C, D) -> nodes (B, n^C, width)."""
@@ -1375,21 +1390,12 @@ class FeatureGrid:
     def interpolate(self, code, points):
         """What grid and views hold at points (B or 1, K, .), (B, K, width)."""
         out = interpolate(self.nodes(code), points, self.axis)
-        return out + self.read_views(code, points) if self.views else out
-
-    def read_views(self, code, points):
-        """Mean over views of their maps where they show a point, and where its mirror image."""
-        maps, poses, focals = (code[f"views_{k}"] for k in ("map", "poses", "focals"))
-        size, out = [self.cfg.image_size] * 2, 0
-        for nodes, x in zip(maps.unbind(2), (points, points * points.new_tensor([-1, 1, 1]))):
-            at = project(x.unsqueeze(1), poses, focals, size)[1].flatten(0, 1)  # (B V, K, 2)
-            out = out + interpolate(nodes.flatten(0, 1), at, self.tokenizer.map_axis)
-        return out.unflatten(0, poses.shape[:2]).mean(1)
+        return out + self.views.read(code, points) if self.views else out
 
     def with_features(self, context):
         """The context, of scenes with the features of its views."""
         if self.views:
-            context = context | {"features": self.views(context["images"])}
+            context = context | {"features": self.views.features(context["images"])}
         return context
 
     def observe(self, code, context):
@@ -1399,9 +1405,8 @@ class FeatureGrid:
         cameras and `views_map` (B, V, 2, n^2, width): for points and for their mirror images.
         """
         if self.views:
-            maps = self.map_head(context["features"]).unflatten(-1, (2, -1)).transpose(2, 3)
-            code["views_map"] = maps.to(next(iter(code.values())).dtype)
-            code |= {f"views_{k}": context[k] for k in ("poses", "focals")}
+            maps = self.views.maps(context["features"]).to(next(iter(code.values())).dtype)
+            code |= {"views_map": maps} | {f"views_{k}": context[k] for k in ("poses", "focals")}
         if self.regression:
             code["posterior"], code["scale"] = self.regression.fit(
                 *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
