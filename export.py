@@ -69,7 +69,7 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "far": "depth at which rays end",
     "eps": "unit Gaussian noise of the latents; zeros: the prior's mean",
     "tokens": "what the context has become",
-    "grid": "feature grid that the INR reads, interpolated: its nodes, the last axis fastest",
+    "grid": "feature grid that the field reads, interpolated: its nodes, the last axis fastest",
     "views": "feature maps of the context views and their cameras, where the field reads them",
     "posterior": "regression of a curve: mean of the weights, then a root of their covariance",
     "scale": "regression of a curve: of the noise",

@@ -63,7 +63,8 @@ def tiny(task, model, grid=True, fresh=False, **given) -> torch.nn.Module:
     """A small random model; unless fresh, what starts at 0 is random as well."""
     torch.manual_seed(0)
     grid = GRID[task] if grid is True else int(grid)
-    extra = {"gp": {"n_features": 12, "n_harmonics": 3}, "nvs": {"view_nodes": 4}}
+    extra = {"gp": {"n_features": 12, "n_harmonics": 3}, "nvs": {"conv_nodes": 4},
+             "image": {"conv_nodes": 4}}
     given = (extra.get(task, {}) if grid else {}) | given
     model = tinyinr.build(ModelConfig(task, model, grid, **SIZES | given)).eval()
     for p in () if fresh else model.parameters():
@@ -131,12 +132,18 @@ def test_every_field_takes_a_value_or_names_itself_in_one_value_error(config):
             assert type(value) is type(got) or type(got) is float and type(value) is int
 
 
+IMAGE = dict(image_size=64, patch=8, padding=0, grid=32)
+
+
 @pytest.mark.parametrize("given, remedy", [
     (dict(n_groups=48), "n_groups=48 must divide inr_width=256; try 16"),
     (dict(cross_heads=5), "cross_heads=5 must divide dim=768; try 1"),
     (dict(near=6.0), "near=6.0 must be below far=6.0"),
     (dict(latent_pool="y"), "latent_pool='y' is unknown; choose from context, query"),
     (dict(patch=200), "patch=200 must be at most the padded image_size=180"),
+    (dict(conv_nodes=4), "conv_nodes=4 is for images and scenes with a grid; set it to 0"),
+    (dict(IMAGE, conv_nodes=5), "conv_nodes=5 must divide image_size=64 in two or more; try 0"),
+    (dict(IMAGE, conv_nodes=64), "conv_nodes=64 must divide grid=32, and patches of 8 the image"),
     (dict(task="nvs", grid=9), "grid=9 must be a multiple of the 5 tokens along an axis; try 5")])
 def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
     refused(remedy, ModelConfig, **given)
@@ -181,7 +188,7 @@ def test_every_config_that_is_accepted_gives_a_model_that_runs():
     rng, n_run = random.Random(0), 0
     choices = dict(
         image_size=(1, 7, 16, 20), patch=(1, 3, 4, 8, 16), padding=(0, 1, 3), voxels=(2, 3),
-        view_nodes=(0, 0, 4),
+        conv_nodes=(0, 0, 4),
         masked=(False, True), n_convs=(0, 1), cross_heads=(1, 2, 7, 64),
         n_groups=(1, 8, 64), latent_pool=("context", "query"), inr_depth=(1, 2))
     grids = {"image": (0, 2, 3, 4, 5, 6, 8, 10, 20), "nvs": (0, 2, 3, 4, 6), "gp": (
@@ -500,15 +507,27 @@ def test_unseen_pixels_get_the_colors_around_them(height, width):
 
 
 @pytest.mark.parametrize("factor", (2, 3, 5))
-def test_the_grid_of_an_image_is_a_transposed_convolution_that_is_sampled(factor):
-    model = tiny("image", "vnp", 4 * factor)
+def test_the_grid_of_an_image_is_two_transposed_convolutions_that_are_sampled(factor):
+    """Of the tokens, and of features that residual convolutions make of linear patches."""
+    model, image = tiny("image", "vnp", 4 * factor), rand(2, 3, 16, 16, seed=2)
     tokens, points = rand(2, 16, 32), 2 * rand(2, 30, 2, seed=1) - 1
-    kernel = model.grid_head.weight.view(factor, factor, 32, 32).permute(3, 2, 0, 1)
-    bias = model.grid_head.bias.view(factor, factor, 32).permute(2, 0, 1).tile(1, 4, 4)
-    grid = torch.conv_transpose2d(tokens.mT.unflatten(2, (4, 4)), kernel, stride=factor) + bias
+    parts, (near, far) = model.pixels.parts, model.pixels.convs
+    patches = F.unfold(4 * image - 2, 4, stride=4).mT  # (B, 16, 48)
+    x = F.linear(patches, parts.weight.flatten(1), parts.bias).mT.unflatten(2, (4, 4))
+    x = x + F.conv2d(F.gelu(x), near.weight, near.bias, padding=1)
+    x = x + F.conv2d(F.gelu(x), far.weight, far.bias, padding=2, dilation=2)
+
+    def transposed(features, head):  # (B, D, 4, 4)
+        kernel = head.weight.view(factor, factor, 32, -1).permute(3, 2, 0, 1)
+        bias = head.bias.view(factor, factor, 32).permute(2, 0, 1).tile(1, 4, 4)
+        return torch.conv_transpose2d(features, kernel, stride=factor) + bias
+
+    grid = transposed(tokens.mT.unflatten(2, (4, 4)), model.grid_head)
+    grid = grid + transposed(x, model.pixels.head)
     want = F.grid_sample(grid, points.flip(-1).unsqueeze(2), padding_mode="border",
                          align_corners=False)  # takes (column, row)
-    close(model.initial_features({"tokens": tokens}, points, None), want.squeeze(3).mT)
+    code = {"tokens": tokens, "grid": model.generate_nodes(tokens, {"image": image})}
+    close(model.initial_features(code, points, None), want.squeeze(3).mT)
 
 
 def test_a_place_in_space_starts_from_what_the_views_show_there():
@@ -1326,19 +1345,19 @@ def test_every_cell_learns(task, name, tmp_path):
 # ------------------------------------------------------------------------- test-time optimization
 
 
-@pytest.mark.parametrize("view_nodes", (0, 4))
-def test_optimization_equals_a_plain_adam_loop(view_nodes):
+@pytest.mark.parametrize("conv_nodes", (0, 4))
+def test_optimization_equals_a_plain_adam_loop(conv_nodes):
     """On every weight of a signal alone, with the mean squared error of the same random rays.
 
     Where the field reads the views on the grid alone: cameras, maps and layers stay.
     """
-    model = tiny("nvs", "transinr", view_nodes=view_nodes)
+    model = tiny("nvs", "transinr", conv_nodes=conv_nodes)
     context, _ = signals("nvs", batch=2)
     code = model.encode(context)
     refined = tinyinr.optimize(model, code, context, 3, lr=1e-2, targets=100)
     query, values, _ = model.signal.context_as_targets(context)
     for b in ([0], [1]):
-        one = {k: v[b].requires_grad_(not view_nodes or k == "grid") for k, v in code.items()}
+        one = {k: v[b].requires_grad_(not conv_nodes or k == "grid") for k, v in code.items()}
         adam = torch.optim.Adam([v for v in one.values() if v.requires_grad], 1e-2)
         for step in range(3):
             pick = torch.randperm(values.shape[1], generator=tinyinr.generator(step, 6))[:100]
@@ -1776,7 +1795,7 @@ def test_a_measured_step_counts_every_product_once_a_signal(task, name, monkeypa
     rows = []
     for batch, units in ((1, 48), (2, 48), (2, 56)):
         cfg, recipe = make_config("small", task, name, batch_size=batch, n_queries=6, muon_lr=0.0,
-                                  grid=GRID[task], **SIZES | {"ff_dim": units})
+                                  grid=GRID[task], conv_nodes=8, **SIZES | {"ff_dim": units})
         with torch.enable_grad():
             rows.append(bench.bench_cell(cfg, recipe, "cpu"))
     one, two, wide = (row["gflop"] * 1e9 for row in rows)

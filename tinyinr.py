@@ -104,7 +104,7 @@ class ModelConfig(Checked):
     padding: int = bounded(1)
     masked: bool = False  # images: the model also reads which pixels were seen
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
-    view_nodes: int = bounded(0, 0, 256)  # and nodes along a side of the views' feature maps
+    conv_nodes: int = bounded(0, 0, 256)  # images, scenes with a grid: parts a side of convolutions
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
     n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
@@ -149,12 +149,16 @@ class ModelConfig(Checked):
         if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
             raise ValueError(f"n_harmonics={self.n_harmonics} must be less than half of "
                              f"n_features={self.n_features}; try {most // 2}")
-        if (n := self.view_nodes) and not (self.task == "nvs" and self.grid):
-            raise ValueError(f"view_nodes={n} is for scenes with a grid; set it to 0")
+        if (n := self.conv_nodes) and (self.task == "gp" or not self.grid):
+            raise ValueError(f"conv_nodes={n} is for images and scenes with a grid; set it to 0")
         if n and (n < 2 or self.image_size % n):
             divisor = math.gcd(n, self.image_size)
-            raise ValueError(f"view_nodes={n} must divide image_size={self.image_size} in two or "
+            raise ValueError(f"conv_nodes={n} must divide image_size={self.image_size} in two or "
                              f"more; try {divisor if divisor > 1 else 0}")
+        if n and self.task == "image" and (
+                self.grid % n or self.padding or self.image_size % self.patch):
+            raise ValueError(f"conv_nodes={n} must divide grid={self.grid}, and patches of "
+                             f"{self.patch} the image without padding; set conv_nodes to 0")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} must be at most the padded image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
@@ -222,9 +226,10 @@ class TrainConfig(Checked):
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
-IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True)
+IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True,
+              conv_nodes=32)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
-             batch_size=8, target_views=8, balance=0.75, augment=True, view_nodes=16)
+             batch_size=8, target_views=8, balance=0.75, augment=True, conv_nodes=16)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
               n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
@@ -234,22 +239,22 @@ DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, 
 OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear", precision="auto")
 SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
-        grid=32, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
+        grid=64, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
-        n_heads=2, head_dim=64, ff_dim=512, grid=32, patch=8, masked=True, freq_top=8.0, zoom=4,
+        n_heads=2, head_dim=64, ff_dim=512, grid=64, patch=8, masked=True, freq_top=8.0, zoom=4,
         batch_size=8, n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
-    "image": dict(grid=0, freq_top=1024.0, zoom=1),
-    "nvs": dict(grid=0, view_nodes=0, freq_top=256.0, points_per_ray=32),
+    "image": dict(grid=0, conv_nodes=0, freq_top=1024.0, zoom=1),
+    "nvs": dict(grid=0, conv_nodes=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
@@ -1002,8 +1007,9 @@ class VNP(Model):
 # ------------------------------------------------------------------------- beyond the papers
 #
 # What we add: a feature grid. Its nodes lie on a regular grid in the field's coordinates, the
-# tokens generate them, and the field interpolates them at every point. [1] and [2] have Fourier
-# features only, so that local detail must pass through weights that all points share.
+# tokens generate them, with convolutions of an image's pixels, and the field interpolates them at
+# every point. [1] and [2] have Fourier features only, so that local detail must pass through
+# weights that all points share.
 
 
 def interpolation_weights(x: Tensor, axis: Tensor, dtype=None) -> Tensor:
@@ -1079,35 +1085,63 @@ def project(points, poses, focals, size) -> tuple[Tensor, Tensor]:
     return x.mT, (at / half.unsqueeze(-1)).mT
 
 
-class ViewMaps(nn.Module):
-    """What tokens and field read of a scene's context views (as pixelNeRF, Yu et al., 2021).
+class ConvFeatures(nn.Module):
+    """Images (B, C, S, S) -> features of n x n equal parts of each, (B, n^2, WIDTH).
 
-    Every view has n x n equal parts. Their features, (B, V, n^2, WIDTH), are a linear map of a
-    part's pixels, then residual convolutions over the parts around. A linear map of these gives
-    two maps of nodes, (B, V, 2, n^2, width): one is read where a view shows a point, the other
-    where it shows the point's mirror image at -x, as most objects are symmetric. They start at 0.
+    A linear map of a part's pixels, then residual convolutions over the parts around.
     """
 
     WIDTH = 64
 
+    def __init__(self, channels: int, n: int, image_size: int):
+        super().__init__()
+        width, patch = self.WIDTH, image_size // n
+        self.parts = nn.Conv2d(channels, width, patch, patch)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d)
+                                   for d in (1, 2))
+
+    def forward(self, images):
+        x = self.parts((4 * images - 2).to(self.parts.weight.dtype))
+        for conv in self.convs:
+            x = x + conv(F.gelu(x))
+        return x.flatten(2).mT
+
+
+class PixelNodes(ConvFeatures):
+    """Images (B, C, S, S) -> what their pixels add to nodes of a grid, (B, (n factor)^2, width)."""
+
+    def __init__(self, channels: int, n: int, image_size: int, factor: int, width: int):
+        super().__init__(channels, n, image_size)
+        self.n, self.factor = n, factor
+        self.head = nn.Linear(self.WIDTH, width * factor**2)
+
+    def forward(self, images):
+        return upsample(self.head(super().forward(images)), self.n, self.factor, 2)
+
+
+class ViewMaps(nn.Module):
+    """What a scene's tokens and field read of the views (as pixelNeRF, Yu et al., 2021).
+
+    Every view has features, and two maps of nodes, (B, V, 2, n^2, width), which are linear maps of
+    them: one is read where the view shows a point, the other where it shows the point's mirror
+    image at -x, as most objects are symmetric. The maps start at 0.
+    """
+
     def __init__(self, n: int, image_size: int, width: int):
         super().__init__()
-        self.image_size, patch = image_size, image_size // n
-        self.parts = nn.Conv2d(3, self.WIDTH, patch, patch)
-        self.convs = nn.ModuleList(nn.Conv2d(self.WIDTH, self.WIDTH, 3, padding=d, dilation=d)
-                                   for d in (1, 2))
-        self.head = nn.Linear(self.WIDTH, 2 * width)
+        self.image_size = image_size
+        self.conv = ConvFeatures(3, n, image_size)
+        self.head = nn.Linear(ConvFeatures.WIDTH, 2 * width)
         for p in self.head.parameters():
             nn.init.zeros_(p)
         self.register_buffer("axis", pixel_grid(n, 1)[:, 0], persistent=False)
 
     def features(self, images):
-        x = self.parts((4 * images - 2).flatten(0, 1).to(self.parts.weight.dtype))
-        for conv in self.convs:
-            x = x + conv(F.gelu(x))
-        return F.gelu(x).flatten(2).mT.unflatten(0, images.shape[:2])
+        """Features of views (B, V, 3, S, S): (B, V, n^2, WIDTH)."""
+        return F.gelu(self.conv(images.flatten(0, 1))).unflatten(0, images.shape[:2])
 
     def maps(self, features):
+        """The two maps of every view, (B, V, 2, n^2, width)."""
         return self.head(features).unflatten(-1, (2, -1)).transpose(2, 3)
 
     def read(self, code, points):
@@ -1136,8 +1170,8 @@ class VoxelTokenizer(RayTokenizer):
         self.register_buffer("view_axis", view_axis, persistent=False)  # where patches lie
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
         self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
-        self.features = nn.Linear(ViewMaps.WIDTH, cfg.dim) if cfg.view_nodes else None
-        parts = pixel_grid(cfg.view_nodes, 1)[:, 0]  # where views have features
+        self.features = nn.Linear(ConvFeatures.WIDTH, cfg.dim) if cfg.conv_nodes else None
+        parts = pixel_grid(cfg.conv_nodes, 1)[:, 0]  # where views have features
         self.register_buffer("map_axis", parts, persistent=False)
 
     def forward(self, images, poses, focals, features=None):
@@ -1372,20 +1406,29 @@ def start_as_identity(blocks):
 
 
 class FeatureGrid:
-    """What both models with a feature grid share; `nodes(code)` is the grid (B, n^C, width)."""
+    """What both models with a feature grid share."""
 
     def add_grid(self, width: int, head):
-        """A head from a token to its nodes; of curves a regression, of scenes maps of the views."""
+        """A head from a token to its nodes; and what else images, scenes and curves have."""
         cfg, dim = self.cfg, self.signal.coord_dim
         self.factor = cfg.grid // cfg.side
         self.grid_head = head(cfg.dim, width * self.factor**dim)
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
         self.regression = Regression(cfg, width) if cfg.n_features else None
-        self.views = ViewMaps(cfg.view_nodes, cfg.image_size, width) if cfg.view_nodes else None
+        self.pixels = self.views = None
+        if (n := cfg.conv_nodes) and isinstance(self.signal, Image):
+            self.pixels = PixelNodes(3 + cfg.masked, n, cfg.image_size, cfg.grid // n, width)
+        elif n:
+            self.views = ViewMaps(n, cfg.image_size, width)
 
-    def upsample(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, side^C, D) -> nodes (B, n^C, width)."""
-        return upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
+    def generate_nodes(self, tokens: Tensor, context: dict) -> Tensor:
+        """Tokens (B, side^C, D) -> nodes (B, n^C, width), of images with what their pixels add."""
+        nodes = upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
+        return nodes + self.pixels(*self.signal.inputs(context)) if self.pixels else nodes
+
+    def nodes(self, code: dict) -> Tensor:
+        """The grid (B, n^C, width): an entry of the code, or the tokens as they are."""
+        return code["grid"] if "grid" in code else code["tokens"]
 
     def interpolate(self, code, points):
         """What grid and views hold at points (B or 1, K, .), (B, K, width)."""
@@ -1433,8 +1476,8 @@ class FeatureGrid:
 class GridTransINR(FeatureGrid, TransINR):
     """TransINR with h0 = b + PE(x) W + interpolate(grid, x): its first layer reads a feature grid.
 
-    The code has one more entry, `grid` (B, n^C, width), generated by the data tokens, and those of
-    `observe`. To h0 is added what the maps of a scene's views hold.
+    The code has one more entry, `grid` (B, n^C, width), generated by the data tokens and an image's
+    pixels, and those of `observe`. To h0 is added what the maps of a scene's views hold.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1445,14 +1488,12 @@ class GridTransINR(FeatureGrid, TransINR):
             nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
             nn.init.ones_(head[1].bias)
 
-    def nodes(self, code):
-        return code["grid"]
-
     def encode(self, context):
         context = self.with_features(context)
         data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
-        code["grid"] = self.upsample(data).to(next(iter(code.values())).dtype)
+        grid = self.generate_nodes(data, context)
+        code["grid"] = grid.to(next(iter(code.values())).dtype)
         return self.observe(code, context)
 
     def field(self, code, points):
@@ -1461,7 +1502,10 @@ class GridTransINR(FeatureGrid, TransINR):
 
 
 class GridVNP(FeatureGrid, VNP):
-    """VNP whose target features start from a feature grid, and a scene's views, at the points."""
+    """VNP whose target features start from a feature grid, and a scene's views, at the points.
+
+    The grid is its tokens, or of images an entry of the code that they and the pixels generate.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg, GRID_SIGNALS[cfg.task](cfg))
@@ -1473,12 +1517,12 @@ class GridVNP(FeatureGrid, VNP):
                 for _ in range(cfg.depth)))
         start_as_identity(self.transformer)
 
-    def nodes(self, code):
-        return self.upsample(code["tokens"])
-
     def encode(self, context):
         context = self.with_features(context)
-        return self.observe(super().encode(context), context)
+        code = super().encode(context)
+        if self.pixels or self.factor > 1:
+            code["grid"] = self.generate_nodes(code["tokens"], context)
+        return self.observe(code, context)
 
     def initial_features(self, code, points, e):
         return self.interpolate(code, points)
@@ -2248,7 +2292,7 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
     query, values, weight = model.signal.context_as_targets(context)
-    fixed = {k: v for k, v in code.items() if model.cfg.view_nodes and k != "grid"}
+    fixed = {k: v for k, v in code.items() if "views_map" in code and k != "grid"}
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
     lr = (1e-3 if fixed else 2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
     optimizer = torch.optim.Adam(code.values(), lr)
