@@ -1108,7 +1108,10 @@ class ConvFeatures(nn.Module):
 
 
 class PixelNodes(ConvFeatures):
-    """Images (B, C, S, S) -> what their pixels add to nodes of a grid, (B, (n factor)^2, width)."""
+    """What an image's pixels add to the nodes of its grid (as in LIIF, Chen et al., 2021).
+
+    Images (B, C, S, S) -> (B, (n factor)^2, width): factor x factor nodes for each of n x n parts.
+    """
 
     def __init__(self, channels: int, n: int, image_size: int, factor: int, width: int):
         super().__init__(channels, n, image_size)
