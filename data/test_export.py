@@ -113,7 +113,8 @@ def test_dimensions_are_free_but_where_the_architecture_or_static_fixes_them(exp
                                      "poses": "batch views 3 4", "focals": "batch views 2"},
             "image-vnp.encoder": {"image": "batch 3 16 16", "mask": "batch 1 16 16"},
             "nvs-vnp.decoder": {"tokens": "batch 27 32", "grid": "batch 216 32",
-                                "views_map": "batch views 2 16 32", "views_poses": "batch views 3 4",
+                                "views_map": "batch views 2 16 32",
+                                "views_poses": "batch views 3 4",
                                 "views_focals": "batch views 2"} | rays,
             "gp-vnp-fused": {"x": "batch points 1", "y": "batch points 1", "mask": "batch points",
                              "query_x": "batch queries 1", "eps": "2 batch 1 5"}}.items():
