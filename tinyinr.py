@@ -230,8 +230,7 @@ class TrainConfig(Checked):
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
-IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True,
-              conv_nodes=32)
+IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True, conv_nodes=16)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
@@ -243,21 +242,21 @@ DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, 
 OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear", precision="auto")
 SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
-        grid=64, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
+        grid=32, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
-        n_heads=2, head_dim=64, ff_dim=512, grid=64, patch=8, masked=True, freq_top=8.0, zoom=4,
+        n_heads=2, head_dim=64, ff_dim=512, grid=32, patch=8, masked=True, freq_top=8.0, zoom=4,
         batch_size=8, n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
-    "image": dict(grid=0, conv_nodes=0, freq_top=1024.0, zoom=1),
+    "image": dict(grid=0, freq_top=1024.0, zoom=1),
     "nvs": dict(grid=0, conv_nodes=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
