@@ -1717,6 +1717,21 @@ def test_a_stored_model_has_the_score_that_is_written_beside_it(path):
         assert {k: scores[label][k] for k in row} == pytest.approx(row, abs=0.01), label
 
 
+@every_model
+def test_a_stored_model_draws_no_dots_on_the_pixels_it_was_trained_on(name):
+    """A point differs from those 1/16 of a pixel around as little there as it does elsewhere."""
+    model = tinyinr.load(ROOT / "data" / "pretrained" / f"image-{name}.pt")
+    data = evaluation.open_data(model.cfg, None, "test", limit=4)
+    image = torch.stack([next(data.batches([([i], 0)]))[0][0] for i in range(4)]).float() / 255
+    code, centers = model.encode({"image": image}), tinyinr.pixel_grid(64, 64)[None]
+    z = tinyinr.mean_latents(model, code, {"coords": centers})
+    at = lambda row, column: model.decode(  # in pixels, from their centers
+        code, {"coords": centers + torch.tensor((row, column)) / 32}, z=z).mean
+    bump = lambda r, c: (4 * at(r, c) - sum(at(r + d, c) + at(r, c + d) for d in (
+        1 / 16, -1 / 16))).square().mean().sqrt()
+    assert bump(0, 0) < 1.5 * bump(0.25, 0.25)
+
+
 def test_the_tables_of_the_readme_are_whole_and_hold_the_stored_scores():
     """Rows as wide as their head, and the numbers of every label in a row of their model's."""
     rows = []
