@@ -1510,7 +1510,8 @@ class GridTransINR(FeatureGrid, TransINR):
 class GridVNP(FeatureGrid, VNP):
     """VNP whose target features start from a feature grid, and a scene's views, at the points.
 
-    The grid is its tokens, or of images an entry of the code that they and the pixels generate.
+    The grid is its tokens, or, where they or an image's pixels generate several nodes for each, an
+    entry `grid` of the code.
     """
 
     def __init__(self, cfg: ModelConfig):
