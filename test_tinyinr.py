@@ -153,8 +153,8 @@ def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
 
 
 @pytest.mark.parametrize("task, sizes, want", [
-    ("image", dict(conv_nodes=32), 32), ("image", dict(conv_nodes=32, image_size=96, grid=48), 16),
-    ("image", {}, 0), ("nvs", {}, 16), ("nvs", dict(image_size=40), 8)])
+    ("image", {}, 32), ("image", dict(image_size=16, patch=4, grid=4), 4),
+    ("image", dict(image_size=96, grid=48), 16), ("nvs", {}, 16), ("nvs", dict(image_size=40), 8)])
 def test_convolved_parts_fit_the_image_and_its_grid(task, sizes, want):
     assert make_config("small", task, **sizes)[0].n_parts == want
 
@@ -465,20 +465,38 @@ def test_a_curve_has_second_derivatives(pool, grid):
 # ------------------------------------------------------------------------- the feature grid
 
 
-@pytest.mark.parametrize("n, dim", ((6, 1), (6, 2), (6, 3), (300, 1), (20, 2), (7, 3)))
-def test_interpolating_equals_hat_functions_and_goes_on_as_at_the_border(n, dim):
-    """A small grid is dense, a large one gathers: both agree, inside and beyond."""
-    axis, grid = torch.linspace(-0.8, 0.6, n), rand(2, n**dim, 5)
+@pytest.mark.parametrize("dim", (1, 2, 3))
+def test_interpolating_is_linear_between_nodes_and_goes_on_as_at_the_border(dim):
+    axis, grid = torch.linspace(-0.8, 0.6, 6), rand(2, 6**dim, 5)
     x = 4 * rand(2, 200, dim, seed=1) - 2.1
     x[:, ::2] /= 2.5  # half of them near the grid
     got, nearest = tinyinr.interpolate(grid, x, axis), x.clamp(-0.8, 0.6)
-    close(got, tinyinr.interpolation_weights(x, axis) @ grid, 3e-4)
-    inside = ((x - nearest).abs() < 1.4 / (n - 1)).all(-1, keepdim=True)  # up to a spacing beyond
+    inside = ((x - nearest).abs() < 0.28).all(-1, keepdim=True)  # up to a spacing beyond
     close(got, tinyinr.interpolate(grid, nearest, axis) * inside, 1e-4)
     assert 0 < inside.sum() < inside.numel()
     nodes = torch.cartesian_prod(*[axis] * dim).view(1, -1, dim)
     close(tinyinr.interpolate(grid, nodes, axis), grid, 1e-4)
     close(tinyinr.interpolate(nodes, nearest[:1], axis), nearest[:1], 2e-5)  # linear: exact
+    pairs = torch.arange(1, 6**dim) % 6 != 0  # neighbors along the last axis
+    middle = lambda v: ((v[:, 1:] + v[:, :-1]) / 2)[:, pairs]
+    close(tinyinr.interpolate(grid, middle(nodes), axis), middle(grid), 1e-4)
+
+
+@pytest.mark.parametrize("n, dim", ((300, 1), (17, 2), (7, 3)))
+def test_a_large_grid_is_read_by_splines_the_means_of_linear_interpolation(n, dim):
+    """Over a spacing around a point, their definition; both ways, points shared or not."""
+    axis, grid, x = torch.linspace(-0.8, 0.6, n), rand(2, n**dim, 5), 2.2 * rand(2, 30, dim) - 1.2
+    around = 1.4 / (n - 1) * ((torch.arange(16) + 0.5) / 16 - 0.5)
+    window = torch.cartesian_prod(*[around] * dim).view(-1, 1, 1, dim)
+    at = (x.clamp(-0.8, 0.6) + window).flatten(0, 1)  # (16^C B, K, C)
+    want = tinyinr.interpolation_weights(at, axis).unflatten(0, (-1, 2)).mean(0) @ grid
+    close(tinyinr.interpolate(grid, x, axis), want, 2e-3)
+    for points in (x, x[:1]):
+        fast, smooth = (tinyinr.interpolate(grid, v, axis)
+                        for v in (points, points.clone().requires_grad_()))
+        close(fast, smooth, 1e-6)
+    close(fast, tinyinr.interpolate(grid, x[:1].expand(2, -1, -1), axis), 1e-6)
+    close(tinyinr.interpolate(torch.ones_like(grid), x, axis), torch.ones(2, 30, 5), 1e-6)
 
 
 @pytest.mark.parametrize("dim, side, factor", ((1, 5, 3), (2, 4, 1), (2, 3, 2), (3, 2, 3)))
@@ -891,16 +909,24 @@ def test_epochs_are_permutations_and_any_step_can_be_drawn_alone():
 
 
 @pytest.mark.parametrize("zoom", (1, 2))
-def test_a_training_batch_holds_the_pixels_at_its_coordinates(zoom, tmp_path):
-    """From memory, read independently, and the same from the disk by workers."""
-    cfg, recipe = configs("image", "transinr", n_queries=30, zoom=zoom)
-    data = images.ImageSet(photos(tmp_path, 6, 32), "train", 16, zoom)
+def test_a_training_batch_holds_the_image_at_its_coordinates(zoom, tmp_path):
+    """Mirrored or not; bicubic by Keys' kernel; and the same from the disk by workers."""
+    cfg, recipe = configs("image", "transinr", n_queries=30, zoom=zoom, flip=True, batch_size=6)
+    data = images.ImageSet(photos(tmp_path, 9, 32), "train", 16, zoom)
     context, query, target = next(tinyinr.image_batches(cfg, recipe, data))
     sources = next(data.batches([(tinyinr.batch_indices(len(data), recipe, 0), 0)]))
-    for source, part in zip(sources[:zoom], (slice(0, 30 // zoom), slice(15, 30))):
-        coords = query["coords"][:, part].flip(-1).expand(2, -1, -1)[:, None]  # (x, y)
-        want = F.grid_sample(source.float() / 255, coords, "nearest", align_corners=False)
-        close(want[:, :, 0].mT, target[:, part])
+    small, large = (sources[i].float() / 255 for i in (0, zoom - 1))
+    mirrored = (context["image"] != small).flatten(1).any(1)
+    assert torch.equal(context["image"][mirrored], small[mirrored].flip(-1))
+    assert 0 < mirrored.sum() < len(mirrored)
+    large[mirrored] = large[mirrored].flip(-1)
+    at = (query["coords"][0].T.unsqueeze(-1) + 1) * 8 * zoom - 0.5  # (2, 30, 1), in pixels
+    t = (at - torch.arange(-2, 16 * zoom + 2)).abs()
+    kernel = torch.where(t < 1, 1.25 * t**3 - 2.25 * t**2 + 1, 0.75 * (4 - 8 * t + 5 * t**2 - t**3))
+    rows, columns = kernel.masked_fill(t >= 2, 0.0)
+    padded = F.pad(large, (2, 2, 2, 2), mode="replicate")
+    close(torch.einsum("kr,bcrs,ks->bkc", rows, padded, columns), target, 1e-4)
+    assert bool((at == at.round()).all()) is (zoom == 1)
     data.kept = None
     assert torch.equal(next(tinyinr.image_batches(cfg, recipe, data))[2], target)
 

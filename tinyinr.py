@@ -217,7 +217,7 @@ class TrainConfig(Checked):
     kl_weight: float = bounded(1.0, 0, 1e6)  # after a warm-up of 5 % of the run
     flip: bool = False  # images: mirror half of them
     random_crop: bool = False  # images: at their native size
-    zoom: int = bounded(1, 1, 8)  # images: half of the targets from images of zoom times the size
+    zoom: int = bounded(1, 1, 8)  # images: targets from anywhere in images of zoom times the size
     min_seen: float = bounded(1.0, 0, 1)  # masked images: least part of the pixels that are seen
     whole: float = bounded(0.0, 0, 1)  # masked images: part of the images that are seen whole
     augment: bool = False  # scenes: mirror them and permute their colors
@@ -230,7 +230,8 @@ class TrainConfig(Checked):
     seed: int = bounded(0, -(2**63), 2**63 - 1)
 
 
-IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True)
+IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True,
+              conv_nodes=32)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
              batch_size=8, target_views=8, balance=0.75, augment=True, conv_nodes=16)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
@@ -242,21 +243,21 @@ DECODER = dict(n_heads=4, head_dim=32, ff_dim=256, cross_depth=0, cross_ff=256, 
 OURS = dict(beta2=0.95, warmup=100, lr_schedule="linear", precision="auto")
 SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
-        grid=32, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
+        grid=64, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
-        n_heads=2, head_dim=64, ff_dim=512, grid=32, patch=8, masked=True, freq_top=8.0, zoom=4,
+        n_heads=2, head_dim=64, ff_dim=512, grid=64, patch=8, masked=True, freq_top=8.0, zoom=4,
         batch_size=8, n_queries=384, min_seen=0.1, whole=0.5, lr=1e-3, muon_lr=0.01, warmup=50),
     ("nvs", "vnp"): VIEWS | DECODER | OURS | dict(
         grid=5, n_freqs=10, freq_top=64.0, n_queries=64, kl_weight=1e-3, lr=5e-4, muon_lr=0.01,
         warmup=50),
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
-    "image": dict(grid=0, freq_top=1024.0, zoom=1),
+    "image": dict(grid=0, conv_nodes=0, freq_top=1024.0, zoom=1),
     "nvs": dict(grid=0, conv_nodes=0, freq_top=256.0, points_per_ray=32),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
@@ -1027,29 +1028,45 @@ def interpolation_weights(x: Tensor, axis: Tensor, dtype=None) -> Tensor:
 
 
 def interpolate(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
-    """Multilinear interpolation of nodes grid (B, n^C, D) at points x (B or 1, K, C): (B, K, D).
+    """What nodes grid (B, n^C, D) hold at points x (B or 1, K, C): (B, K, D).
 
-    axis (n,): the nodes' places along every axis. Beyond the outermost nodes the values go on as
-    at the border for one spacing, then they are 0. A small grid is a matrix product with the
-    weights of all nodes, a large one reads the 2^C neighbors of a point (each twice as fast there).
+    axis (n,): the nodes' places along every axis. Up to 256 nodes: multilinear, as a matrix product
+    with the weights of all nodes; beyond the outermost ones the values go on as at the border for
+    one spacing, then they are 0. More nodes: `spline`.
     """
-    n, dim, cast = len(axis), x.shape[-1], under_autocast(x)
-    dtype = torch.get_autocast_dtype(x.device.type) if cast else grid.dtype  # of a product
-    if n**dim <= (256 if dtype.itemsize < 4 else 128):
-        return interpolation_weights(x, axis, dtype) @ grid
-    at = (x - axis[0]) * ((n - 1) / (axis[-1] - axis[0]))
-    inside = ((at > -1) & (at < n)).all(-1, keepdim=True)
-    at = at.clamp(0, n - 1)
-    low = at.floor().clamp(max=n - 2)
-    first = torch.arange(grid.shape[0], device=grid.device)[:, None] * n**dim
-    table, out = grid.flatten(0, 1), 0
-    for corner in itertools.product((0, 1), repeat=dim):
-        node, index = low + low.new_tensor(corner), 0
-        weight = inside * (1 - (at - node).abs()).prod(-1, keepdim=True)  # (B, K, 1)
-        for i in node.long().unbind(-1):
-            index = index * n + i
-        out = out + weight.to(grid.dtype) * F.embedding(index + first, table)
-    return out
+    if grid.shape[1] > 256:
+        return spline(grid, x, axis)
+    dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else grid.dtype
+    return interpolation_weights(x, axis, dtype) @ grid
+
+
+def spline(grid: Tensor, x: Tensor, axis: Tensor) -> Tensor:
+    """Quadratic B-splines of nodes at points; shapes as of `interpolate`.
+
+    Smooth, where linear interpolation has a kink at every node, which an enlarged image shows as a
+    dot. Beyond the outermost nodes the values go on as at the border.
+    """
+    n, shared = len(axis), x.shape[0] == 1
+    at = ((x - axis[0]) * ((n - 1) / (axis[-1] - axis[0]))).clamp(0, n - 1).unsqueeze(-1)
+    middle = at.detach().round()
+    t, around = at - middle, torch.arange(-1, 2, device=x.device)
+    splines = torch.cat((0.5 * (0.5 - t).square(), 0.75 - t.square(), 0.5 * (0.5 + t).square()), -1)
+    nodes = (middle.long() + around).clamp(0, n - 1)  # (B or 1, K, C, 3)
+    weight, index = grid.new_ones(1, 1, 1), nodes.new_zeros(1, 1, 1)
+    for w, i in zip(splines.to(grid.dtype).unbind(-2), nodes.unbind(-2)):
+        weight = (weight.unsqueeze(-1) * w.unsqueeze(-2)).flatten(-2)  # (B or 1, K, 3^C)
+        index = (index.unsqueeze(-1) * n + i.unsqueeze(-2)).flatten(-2)
+    if shared:  # a row of the table has a node of all signals
+        table = grid.transpose(0, 1).flatten(1)  # (n^C, B D)
+    else:
+        table = grid.flatten(0, 1)
+        index = index + grid.shape[1] * torch.arange(len(grid), device=x.device)[:, None, None]
+    if x.requires_grad or torch.compiler.is_exporting():
+        out = (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
+    else:  # the same several times as fast, without a second derivative
+        out = F.embedding_bag(index.flatten(0, 1), table, mode="sum",
+                              per_sample_weights=weight.flatten(0, 1)).unflatten(0, index.shape[:2])
+    return out[0].unflatten(-1, (len(grid), -1)).transpose(0, 1) if shared else out
 
 
 def upsample(tokens: Tensor, side: int, factor: int, dim: int) -> Tensor:
@@ -1862,32 +1879,33 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     """Endless training batches (context, query, target) of images from step `start` on.
 
     data: images (N, 3, S, S) uint8, or an object with `__len__` and `batches(iterable of (indices,
-    seed))` -> pairs (images (B, 3, S, S), larger ones or None). With zoom > 1 half of the targets
-    are pixels of the larger images, so that the function is right between the pixels too.
+    seed))` -> pairs (images (B, 3, S, S), larger ones or None). Targets are random pixels ([1]);
+    with zoom > 1 values anywhere in the larger images, interpolated, so that the function is right
+    between the pixels too.
     """
     keys = ((batch_indices(len(data), recipe, step), step) for step in itertools.count(start))
     pairs = ((data[i], None) for i, _ in keys) if isinstance(data, Tensor) else data.batches(keys)
     for step, (images, large) in enumerate(pairs, start):
         gens = signal_generators(recipe, step)
-        flip = torch.stack([torch.rand(1, generator=g) for g in gens]) < 0.5 * recipe.flip  # (B, 1)
-        flip, coords, target = flip.to(device), [], []
-        sets = [to_device(v, device) for v in (images, large) if v is not None]
-        for i, pixels in enumerate(sets):
-            height, width = pixels.shape[2:]
-            most = (recipe.n_queries or cfg.image_size**2) // len(sets)
-            pick = torch.randperm(height * width, generator=generator(recipe.seed, step, 3, i))
-            pick = pick[:most].to(device)  # the same of every image, mirrored with it
-            at = torch.where(flip, pick + width - 1 - 2 * (pick % width), pick)  # (B, M)
-            at = at.unsqueeze(1).expand(-1, 3, -1)
-            target.append(pixels.flatten(2).gather(2, at).mT.float() / 255)  # (B, M, 3)
-            coords.append(pixel_grid(height, width, device)[pick])
-        image = sets[0].float() / 255
-        context = {"image": torch.where(flip[..., None, None], image.flip(-1), image)}
+        draws = torch.stack([torch.rand(1, 1, generator=g) for g in gens])  # (B, 1, 1)
+        flip, images = (draws < 0.5 * recipe.flip).to(device), to_device(images, device)
+        gen, count = generator(recipe.seed, step, 3), recipe.n_queries or cfg.image_size**2
+        if large is None:
+            at, pixels = pixel_grid(*images.shape[2:]), images
+            at = at[torch.randperm(len(at), generator=gen)[:count]]  # (M, 2)
+        else:
+            at, pixels = 2 * torch.rand(count, 2, generator=gen) - 1, to_device(large, device)
+        at = at.to(device)  # the same of every image, mirrored with it
+        mirrored = torch.where(flip, at * at.new_tensor([1, -1]), at)  # (B, M, 2)
+        target = F.grid_sample(pixels.float() / 255, mirrored.flip(-1).unsqueeze(1), "bicubic",
+                               "border", align_corners=False).squeeze(2).mT  # (B, M, 3)
+        image = images.float() / 255
+        context = {"image": torch.where(flip.unsqueeze(-1), image.flip(-1), image)}
         if cfg.masked:
             whole = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < recipe.whole
             masks = random_masks(image, recipe.min_seen, 1.0, gens)
             context["mask"] = masks.masked_fill(whole.to(device), 1.0)
-        yield context, {"coords": torch.cat(coords)[None]}, torch.cat(target, 1)
+        yield context, {"coords": at.unsqueeze(0)}, target
 
 
 def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", start=0):
