@@ -1548,7 +1548,7 @@ def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid(
 
 
 def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
-    """`large` is the PSNR of the function at the pixels of the larger images."""
+    """`large`: of the function at the pixels of the larger images; `reduced`: by a triangle."""
     model = tiny("image", "transinr")
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
     row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
@@ -1558,6 +1558,13 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     values = tinyinr.psnr(mean, (large / 255).flatten(2).mT)
     assert row["large"] == pytest.approx(float(values.mean()), abs=1e-3)
     assert row["large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
+    side = torch.tensor((1.0, 3.0, 3.0, 1.0))
+    kernel = side.outer(side)[None, None]
+    triangle = lambda v: F.conv2d(v.view(-1, 1, 32, 32), kernel, stride=2, padding=1)
+    colors = mean.clamp(0, 1).mT.reshape(-1, 32 * 32)
+    small = (triangle(colors) / triangle(torch.ones_like(colors))).view(len(data), 3, 256).mT
+    small = tinyinr.psnr(small, (pixels / 255).flatten(2).mT).mean()
+    assert row["reduced"] == pytest.approx(float(small), abs=1e-3)
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
 
 

@@ -175,13 +175,17 @@ def evaluate(model, cases, tto: int = 0) -> dict:
             scores["context_view"] = psnr(view.expand_as(target), target)
         if large is not None:
             truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
-            sizes = context["image"].shape[-2:], large.shape[-2:]
-            coords = pixel_grid(*sizes[1], target.device).expand(len(mean), -1, -1)
-            enlarged = lambda pixels: F.interpolate(
-                pixels.mT.unflatten(2, sizes[0]), sizes[1], mode="bicubic").flatten(2).mT
-            scores["large"] = psnr(predict(model, code, {"coords": coords}).mean, truth)
+            small, size = context["image"].shape[-2:], large.shape[-2:]
+            coords = pixel_grid(*size, target.device).expand(len(mean), -1, -1)
+            values = predict(model, code, {"coords": coords}).mean.clamp(0, 1)
+            resized = lambda pixels, before, after, **how: F.interpolate(
+                pixels.mT.unflatten(2, before), after, **how).flatten(2).mT
+            enlarged = lambda pixels: resized(pixels, small, size, mode="bicubic")
+            scores["large"] = psnr(values, truth)
             scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
             scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
+            reduced = resized(values, size, small, mode="bilinear", antialias=True)
+            scores["reduced"] = psnr(reduced, target[:, 0])
         parts.append((i, {label} if "mask" in context else {label, "all"}, scores, numbers))
     out = mean_scores(parts, "pictures", "objects" * scenes)
     whole = [label for label in out if "seen" not in label and label != "all"]
@@ -295,6 +299,7 @@ LEGEND = {
     "large": "dB at the true larger image's size, of the function there",
     "large_bicubic": "the same of its own small picture enlarged",
     "truth_bicubic": "the same of the true small picture enlarged",
+    "reduced": "dB at the small size, of the function at the larger one, reduced as pictures are",
     "target_ll": "marginal log-likelihood per target, given the context alone",
     "context_ll": "the same of the context's own points",
     "gp": "the exact posterior, told the true kernel",
