@@ -158,8 +158,8 @@ def measure(axis: str, model: str, n: int) -> tuple[float, float]:
     task, what, _ = AXES[axis]
     sizes, numbers = {}, {what: n}
     if what == "image_size":
-        grid = min(n // (8 if model == "transinr" else 2), 256)  # a multiple of the n / 8 tokens
-        sizes, numbers = {"image_size": n, "grid": grid}, {}
+        grid = min(n, 256)  # a node a pixel, as in the preset, while there may be so many
+        sizes, numbers = {"image_size": n, "grid": grid, "conv_nodes": grid // 2}, {}
     cfg, _ = tinyinr.make_config("small", task, model, **sizes)
     net = tinyinr.build(cfg).eval()
     with torch.no_grad():
