@@ -1403,6 +1403,19 @@ def test_optimization_equals_a_plain_adam_loop(conv_nodes):
         torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-3)
 
 
+def test_an_image_is_refined_as_the_means_over_its_pixels():
+    """A pixel is what a picture of twice the size shows, reduced; so refined, it comes closer."""
+    model, (context, _) = tiny("image", "transinr"), signals("image")
+    reduced = lambda code: F.interpolate(
+        model.decode(code, {"coords": tinyinr.pixel_grid(32, 32)[None]}).mean.mT.unflatten(
+            2, (32, 32)), 16, mode="bilinear", antialias=True)[..., 1:-1, 1:-1]
+    code, query = model.encode(context), {"coords": tinyinr.pixel_grid(16, 16)[None]}
+    shown = model.signal.observed(lambda query: model.decode(code, query), query)
+    close(shown.mT.unflatten(2, (16, 16))[..., 1:-1, 1:-1], reduced(code), 1e-5)
+    error = lambda code: (reduced(code) - context["image"][..., 1:-1, 1:-1]).square().mean()
+    assert error(tinyinr.optimize(model, code, context, 10, lr=1e-2)) < 0.7 * error(code)
+
+
 @pytest.mark.parametrize("task, name", (("gp", "transinr"), ("gp", "vnp"), ("image", "vnp")))
 def test_what_optimization_would_harm_is_refused(task, name):
     model, (context, _) = tiny(task, name), signals(task)

@@ -561,6 +561,7 @@ class Signal:
     last_layer = None  # the official name of the INR's last layer where it has one
     has_std, min_std = True, 0.005  # whether the field also gives a std, and its floor
     pool_side = 8  # pixels along a side of an image or view that a VNP's prior is averaged over
+    tto_targets = 1024  # of a step of test-time optimization
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -583,6 +584,10 @@ class Signal:
         if prediction.std is None:
             return (prediction.mean.float() - target).square()
         return -log_likelihood(prediction, target)
+
+    def observed(self, decode, query: dict) -> Tensor:
+        """What a context shows at the query's targets, (B, M, C); decode: query -> Prediction."""
+        return decode(query).mean
 
     def prior_set(self, context: dict):
         """Query and weight (B, M) of the set that a VNP's prior is averaged over."""
@@ -1242,7 +1247,15 @@ class GridImage(Image):
     dominate. The std is learned by a quantile loss: 95 % of the errors lie within 1.96 std.
     """
 
-    min_std = 0.002
+    min_std, tto_targets = 0.002, 256
+
+    def observed(self, decode, query):
+        """A pixel is a mean over the area around it, by the triangle that reduces pictures."""
+        near = torch.arange(-0.75, 1, 0.5, device=query["coords"].device)  # in pixels
+        around = torch.cartesian_prod(near, near) * (2 / self.cfg.image_size)  # (16, 2)
+        weight = (1 - near.abs()).outer(1 - near.abs()).flatten() / 4  # of sum 1
+        coords = (query["coords"].unsqueeze(2) + around).flatten(1, 2)
+        return (decode({"coords": coords}).mean.unflatten(1, (-1, 16)) * weight[:, None]).sum(2)
 
     def inputs(self, context):
         if not self.cfg.masked:
@@ -2307,16 +2320,18 @@ def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float,
 # ------------------------------------------------------------------------- test-time optimization
 
 
-def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int = 1024) -> dict:
+def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int = 0) -> dict:
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
-    Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, 1,024 random targets a step;
-    all signals of the batch at once. Where the field reads the views only the grid is refined, at
-    1e-3: other weights are right for these views already, and harm the others. Returns a new code.
+    Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, on random targets (0: 1,024
+    a step, of an image with a grid 256); all signals of the batch at once. Where the field reads
+    the views only the grid is refined, at 1e-3: other weights are right for these views already,
+    and harm the others. Returns a new code.
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
-    query, values, weight = model.signal.context_as_targets(context)
+    signal, targets = model.signal, targets or model.signal.tto_targets
+    query, values, weight = signal.context_as_targets(context)
     fixed = {k: v for k, v in code.items() if "views_map" in code and k != "grid"}
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
     lr = (1e-3 if fixed else 2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
@@ -2325,8 +2340,9 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)
         with torch.enable_grad():
-            prediction = model.decode(fixed | code, select_queries(query, pick))
-            error = model.signal.error(prediction, values[:, pick]).mean(-1)  # (B, M)
+            decode = lambda query: model.decode(fixed | code, query)
+            shown = Prediction(signal.observed(decode, select_queries(query, pick)), None)
+            error = signal.error(shown, values[:, pick]).mean(-1)  # (B, M)
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
         optimizer.zero_grad()
         error.backward(inputs=list(code.values()))
