@@ -561,7 +561,7 @@ class Signal:
     last_layer = None  # the official name of the INR's last layer where it has one
     has_std, min_std = True, 0.005  # whether the field also gives a std, and its floor
     pool_side = 8  # pixels along a side of an image or view that a VNP's prior is averaged over
-    tto_targets = 1024  # of a step of test-time optimization
+    tto_lr, tto_targets = 1e-4, 1024  # rate and targets of a step of test-time optimization ([1])
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -1247,7 +1247,7 @@ class GridImage(Image):
     dominate. The std is learned by a quantile loss: 95 % of the errors lie within 1.96 std.
     """
 
-    min_std, tto_targets = 0.002, 256
+    min_std, tto_lr, tto_targets = 0.002, 2e-5, 256
 
     def observed(self, decode, query):
         """A pixel is a mean over the area around it, by the triangle that reduces pictures."""
@@ -1282,6 +1282,8 @@ class GridScene(Scene):
     Generated columns of unit norm cannot reach the density of an opaque surface: the raw density
     and color are scaled.
     """
+
+    tto_lr = 2e-4
 
     def axis(self, n):  # the interpolation ends where the sphere does
         return torch.linspace(-1, 1, n + 2)[1:-1]
@@ -2323,10 +2325,9 @@ def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float,
 def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int = 0) -> dict:
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
-    Adam at a rate of 1e-4, or 2e-4 where the code has a feature grid, on random targets (0: 1,024
-    a step, of an image with a grid 256); all signals of the batch at once. Where the field reads
-    the views only the grid is refined, at 1e-3: other weights are right for these views already,
-    and harm the others. Returns a new code.
+    Adam on random targets at the signal's rate; all signals of the batch at once. Where the field
+    reads the views only the grid is refined, at 1e-3: other weights are right for these views
+    already, and harm the others. Returns a new code.
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
@@ -2334,7 +2335,7 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     query, values, weight = signal.context_as_targets(context)
     fixed = {k: v for k, v in code.items() if "views_map" in code and k != "grid"}
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
-    lr = (1e-3 if fixed else 2e-4 if model.cfg.grid else 1e-4) if lr is None else lr
+    lr = (1e-3 if fixed else signal.tto_lr) if lr is None else lr
     optimizer = torch.optim.Adam(code.values(), lr)
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
