@@ -88,7 +88,7 @@ def readme():
             picture = draw(*models)
         else:
             picture = rendering.sample_pictures(*models, open_data(models[0].cfg, None, "test"))
-        rendering.write_pictures([picture], ROOT / "data" / "readme" / f"{name}.png")
+        rendering.write_pictures([picture], ROOT / "data" / "readme" / f"{name}.webp")
 
 
 @click.command(context_settings={"max_content_width": 100})
