@@ -1552,33 +1552,35 @@ def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
 
 
 def test_an_image_is_rendered_with_one_draw_of_latents_pooled_over_a_fixed_grid():
-    """Whatever its size, where the prior is over the query: the latents of 32 x 32 pixels."""
+    """Whatever its size, where the prior is over the query; a smaller picture is a reduced one."""
     model = tiny("image", "vnp", latent_pool="query")
     code, fixed = model.encode(signals("image", 1)[0]), tinyinr.pixel_grid(32, 32)[None]
     z = model.latents(code, {"coords": fixed})[0]
-    mean = model.decode(code, {"coords": tinyinr.pixel_grid(8, 6)[None]}, z=z).mean
-    want = (mean.clamp(0, 1) * 255).round().byte().view(8, 6, 3).numpy()
-    assert np.abs(rendering.render_image(model, code, 8, 6).astype(int) - want).max() <= 1
+    mean = model.decode(code, {"coords": tinyinr.pixel_grid(64, 48)[None]}, z=z).mean
+    want = mean.clamp(0, 1).view(64, 48, 3)
+    for size in ((64, 48), (32, 24)):
+        drawn = rendering.render_image(model, code, *size) / 255
+        close(torch.from_numpy(drawn), F.interpolate(
+            want.movedim(2, 0)[None].double(), size, mode="bilinear", antialias=True)[0].movedim(
+                0, 2), 1.5 / 255)
 
 
 def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
-    """`large`: of the function at the pixels of the larger images; `reduced`: by a triangle."""
+    """Of pixels as means over a triangle, at their centers, and at those of the larger images."""
     model = tiny("image", "transinr")
     data = images.ImageSet(photos(tmp_path, 20, 32), "train", 16, 2)
     row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
-    grid = tinyinr.pixel_grid(32, 32)[None].expand(len(data), -1, -1)
     pixels, large = images.stack(data.kept)
-    mean = model.decode(model.encode({"image": pixels / 255}), {"coords": grid}).mean
-    values = tinyinr.psnr(mean, (large / 255).flatten(2).mT)
-    assert row["large"] == pytest.approx(float(values.mean()), abs=1e-3)
-    assert row["large_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
-    side = torch.tensor((1.0, 3.0, 3.0, 1.0))
-    kernel = side.outer(side)[None, None]
-    triangle = lambda v: F.conv2d(v.view(-1, 1, 32, 32), kernel, stride=2, padding=1)
-    colors = mean.clamp(0, 1).mT.reshape(-1, 32 * 32)
-    small = (triangle(colors) / triangle(torch.ones_like(colors))).view(len(data), 3, 256).mT
-    small = tinyinr.psnr(small, (pixels / 255).flatten(2).mT).mean()
-    assert row["reduced"] == pytest.approx(float(small), abs=1e-3)
+    code = model.encode({"image": pixels / 255})
+    at = lambda size, row=0, column=0: model.decode(code, {"coords": (tinyinr.pixel_grid(
+        size, size) + torch.tensor((row, column)) / 8).clamp(-1, 1)[None]}).mean
+    taps = ((-0.75, 1), (-0.25, 3), (0.25, 3), (0.75, 1))
+    mean = sum(v * w * at(16, row, column) for (row, v), (column, w) in product(taps, taps)) / 64
+    quality = lambda mean, true: tinyinr.psnr(mean, (true / 255).flatten(2).mT)
+    for name, values in (("psnr", quality(mean, pixels)), ("centers", quality(at(16), pixels)),
+                         ("large", quality(at(32), large))):
+        assert row[name] == pytest.approx(float(values.mean()), abs=1e-3)
+        assert row[f"{name}_se"] == pytest.approx(float(values.std() / len(data) ** 0.5), abs=1e-3)
     assert row["truth_bicubic"] > row["large_bicubic"] and row["pictures"] == len(data)
 
 
@@ -1589,7 +1591,9 @@ def test_of_an_image_that_is_seen_in_part_the_other_pixels_are_scored(tmp_path):
     assert case.label.endswith("10% seen")
     row = evaluation.evaluate(model, [case])[case.label]
     image, mask = case.context["image"], case.context["mask"].bool()
-    mean, std = (v.clone() for v in model(case.context, case.query))
+    code = model.encode(case.context)
+    mean = model.signal.observed(lambda query: model.decode(code, query), case.query)
+    std = model.decode(code, case.query).std
     filled = tinyinr.fill_unseen(image * mask, mask.float()).flatten(2).mT
     nearest = images.nearest_filling(image, mask.float())
     want = {k: [] for k in ("psnr", "coverage", "filled", "nearest")}

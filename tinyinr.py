@@ -1257,7 +1257,7 @@ class GridImage(Image):
         near = torch.arange(-0.75, 1, 0.5, device=query["coords"].device)  # in pixels
         around = torch.cartesian_prod(near, near) * (2 / self.cfg.image_size)  # (16, 2)
         weight = (1 - near.abs()).outer(1 - near.abs()).flatten() / 4  # of sum 1
-        coords = (query["coords"].unsqueeze(2) + around).flatten(1, 2)
+        coords = (query["coords"].unsqueeze(2) + around).clamp(-1, 1).flatten(1, 2)
         return (decode({"coords": coords}).mean.unflatten(1, (-1, 16)) * weight[:, None]).sum(2)
 
     def inputs(self, context):

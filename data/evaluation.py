@@ -19,8 +19,8 @@ from data.images import ImageSet, nearest_filling
 from data.runs import track
 from data.scenes import SceneSet
 from tinyinr import (WINDOW, Prediction, atomic, camera_rays, fill_unseen, generator,
-                     log_likelihood, optimize, pixel_grid, predict, psnr, random_masks,
-                     rank_and_world_size, to_device)
+                     log_likelihood, mean_latents, optimize, pixel_grid, predict, psnr,
+                     random_masks, rank_and_world_size, to_device)
 
 
 def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1, targets=True):
@@ -154,17 +154,22 @@ def evaluate(model, cases, tto: int = 0) -> dict:
     parts, scenes = [], model.cfg.task == "nvs"
     for i, (context, query, target, label, numbers, large) in shard(cases):
         code = encode_for(model, context, tto)
-        prediction = predict(model, code, query)
-        mean, asked = prediction.mean.view(target.shape), torch.ones_like(target[..., :1])
+        z = mean_latents(model, code, query)
+        decode = lambda query: predict(model, code, query, z)
+        mean = model.signal.observed(decode, query).view(target.shape)
+        asked = torch.ones_like(target[..., :1])
         if "mask" in context:  # of the unseen pixels alone
             asked = 1 - context["mask"].flatten(2).mT.unsqueeze(1)
         part = asked.mean((-2, -1))
         quality = lambda values, **how: (
             psnr(torch.where(asked > 0, values, target), target, **how) + 10 * part.log10())
         scores = {"psnr": quality(mean), "psnr_unclamped": quality(mean, clamp=False)}
-        if prediction.std is not None:
-            inside = (mean - target).abs() < curves.CENTRAL_95 * prediction.std.view(target.shape)
-            scores["coverage"] = (inside * asked).mean((-2, -1)) / part
+        if not scenes:
+            centers = decode(query)
+            scores["centers"] = quality(centers.mean.view(target.shape))
+            if centers.std is not None:
+                inside = (mean - target).abs() < curves.CENTRAL_95 * centers.std.view(target.shape)
+                scores["coverage"] = (inside * asked).mean((-2, -1)) / part
         if "mask" in context:
             scores["nearest"] = quality(nearest_filling(context["image"], context["mask"])[:, None])
             filled = fill_unseen(context["image"] * context["mask"], context["mask"])
@@ -177,15 +182,15 @@ def evaluate(model, cases, tto: int = 0) -> dict:
             truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
             small, size = context["image"].shape[-2:], large.shape[-2:]
             coords = pixel_grid(*size, target.device).expand(len(mean), -1, -1)
-            values = predict(model, code, {"coords": coords}).mean.clamp(0, 1)
-            resized = lambda pixels, before, after, **how: F.interpolate(
-                pixels.mT.unflatten(2, before), after, **how).flatten(2).mT
-            enlarged = lambda pixels: resized(pixels, small, size, mode="bicubic")
-            scores["large"] = psnr(values, truth)
+            enlarged = lambda pixels: F.interpolate(
+                pixels.mT.unflatten(2, small), size, mode="bicubic").flatten(2).mT
+            values = decode({"coords": coords})
+            scores["large"] = psnr(values.mean, truth)
             scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
             scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
-            reduced = resized(values, size, small, mode="bilinear", antialias=True)
-            scores["reduced"] = psnr(reduced, target[:, 0])
+            if values.std is not None:
+                inside = (values.mean - truth).abs() < curves.CENTRAL_95 * values.std
+                scores["large_coverage"] = inside.float().mean((-2, -1))
         parts.append((i, {label} if "mask" in context else {label, "all"}, scores, numbers))
     out = mean_scores(parts, "pictures", "objects" * scenes)
     whole = [label for label in out if "seen" not in label and label != "all"]
@@ -292,14 +297,16 @@ LEGEND = {
     "psnr": "dB, mean over pictures, of values clamped to [0, 1]; +- is a standard error; where "
             "pictures are seen in part, all figures are of the other pixels alone",
     "psnr_unclamped": "the same of values as they are",
-    "coverage": "part of the values within 1.96 predicted std of the mean",
+    "centers": "dB of the function's values at pixel centers, as in the papers; of a model with a "
+               "grid psnr is of means over the pixels' areas",
+    "coverage": "part of the pixels within 1.96 predicted std of the mean",
     "nearest": "dB of pixels with the color of the nearest seen one",
     "filled": "dB of pixels with the mean color of the seen ones around",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",
     "large_bicubic": "the same of its own small picture enlarged",
     "truth_bicubic": "the same of the true small picture enlarged",
-    "reduced": "dB at the small size, of the function at the larger one, reduced as pictures are",
+    "large_coverage": "part of the larger image's pixels within 1.96 predicted std of the mean",
     "target_ll": "marginal log-likelihood per target, given the context alone",
     "context_ll": "the same of the context's own points",
     "gp": "the exact posterior, told the true kernel",

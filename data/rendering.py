@@ -55,13 +55,14 @@ def prediction_panels(model, case: Case) -> list[Tensor]:
         part = select_queries(case.query, slice(0, cfg.image_size**2))
         view = view_and_depth(model, code, part, cfg.image_size)
         return [context["images"][0, 0].movedim(0, -1), truth, *map(fold, view)]
-    prediction = predict(model, code, case.query)
-    out = [truth, fold(prediction.mean)]
+    z = mean_latents(model, code, case.query)
+    decode = lambda query: predict(model, code, query, z)
+    std, out = decode(case.query).std, [truth, fold(model.signal.observed(decode, case.query))]
     if "mask" in context:
         image, mask = context["image"], context["mask"]
         out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
-    if prediction.std is not None:
-        out.append(fold(prediction.std / prediction.std.max()))
+    if std is not None:
+        out.append(fold(std / std.max()))
     return out
 
 
@@ -184,8 +185,13 @@ def read_context(model, path, mask=None) -> tuple[dict, tuple[int, int]]:
 def render_image(model, code: dict, height: int, width: int):
     """The picture (height, width, 3) uint8 of an image's code, row by row.
 
-    The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone.
+    The function lives on (-1, 1)^2, whatever the shape; memory grows by the picture alone. A model
+    with a grid has detail down to a quarter of its pixels: smaller pictures are reduced ones.
     """
+    fine = -(-4 * model.cfg.image_size // max(height, width)) if model.cfg.grid else 1
+    if fine > 1:
+        drawn = Image.fromarray(render_image(model, code, fine * height, fine * width))
+        return np.asarray(drawn.resize((width, height), Image.Resampling.BILINEAR))
     z = mean_latents(model, code, {"coords": pixel_grid(32, 32)[None].to(model.freqs)})
     rows, cols = (pixel_grid(n, 1, model.freqs.device)[:, 0].to(model.freqs)
                   for n in (height, width))

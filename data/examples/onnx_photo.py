@@ -53,8 +53,10 @@ def main(stem: str, path: str, size: str, out: str):
     config = json.loads(encoder.get_modelmeta().custom_metadata_map["config"])
     image, shape = read_photo(path, config["image_size"])
     height, width = (max(1, round(n * int(size) / max(shape))) for n in shape)
-    values = decode(decoder, encode(encoder, image), height, width)
-    Image.fromarray((values * 255).round().astype(np.uint8)).save(out)
+    fine = max(1, -(-4 * config["image_size"] // int(size))) if config["grid"] else 1
+    values = decode(decoder, encode(encoder, image), fine * height, fine * width)
+    picture = Image.fromarray((values * 255).round().astype(np.uint8))
+    picture.resize((width, height), Image.Resampling.BILINEAR).save(out)  # a small one is reduced
 
 
 if __name__ == "__main__":
