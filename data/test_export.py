@@ -310,7 +310,7 @@ def test_example_renders_a_photo_at_any_size(tmp_path, exported, name):
     run_example("onnx_photo.py", exported.folder / name, photo, 40, out)
     code = model.encode(rendering.read_context(model, photo)[0])
     truth = rendering.render_image(model, code, 40, 20)
-    check_picture(out, torch.from_numpy(truth) / 255, 1)
+    check_picture(out, torch.tensor(truth) / 255, 1)
     assert truth.std() > 3
 
 
