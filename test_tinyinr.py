@@ -1572,10 +1572,11 @@ def test_scores_have_standard_errors_and_images_a_larger_truth(tmp_path):
     row = evaluation.evaluate(model, evaluation.image_cases(model, data))["all"]
     pixels, large = images.stack(data.kept)
     code = model.encode({"image": pixels / 255})
-    at = lambda size, row=0, column=0: model.decode(code, {"coords": (tinyinr.pixel_grid(
-        size, size) + torch.tensor((row, column)) / 8).clamp(-1, 1)[None]}).mean
-    taps = ((-0.75, 1), (-0.25, 3), (0.25, 3), (0.75, 1))
-    mean = sum(v * w * at(16, row, column) for (row, v), (column, w) in product(taps, taps)) / 64
+    at = lambda size: model.decode(code, {"coords": tinyinr.pixel_grid(size, size)[None]}).mean
+    side = torch.tensor((1.0, 3.0, 3.0, 1.0))
+    triangle = lambda v: F.conv2d(v.reshape(-1, 1, 32, 32), side.outer(side)[None, None], stride=2,
+                                  padding=1).view(-1, 3, 256).mT
+    mean = triangle(at(32).mT) / triangle(torch.ones(3, 32, 32))
     quality = lambda mean, true: tinyinr.psnr(mean, (true / 255).flatten(2).mT)
     for name, values in (("psnr", quality(mean, pixels)), ("centers", quality(at(16), pixels)),
                          ("large", quality(at(32), large))):
@@ -1592,7 +1593,7 @@ def test_of_an_image_that_is_seen_in_part_the_other_pixels_are_scored(tmp_path):
     row = evaluation.evaluate(model, [case])[case.label]
     image, mask = case.context["image"], case.context["mask"].bool()
     code = model.encode(case.context)
-    mean = model.signal.observed(lambda query: model.decode(code, query), case.query)
+    mean = evaluation.pixel_values(model, lambda query: model.decode(code, query), case.query)
     std = model.decode(code, case.query).std
     filled = tinyinr.fill_unseen(image * mask, mask.float()).flatten(2).mT
     nearest = images.nearest_filling(image, mask.float())

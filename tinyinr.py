@@ -1054,12 +1054,12 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
     at = at * ((n - 1) / (axis[-1] - axis[0]))
     inside = ((at > -1) & (at < n)).all(-1, keepdim=True)  # (B or 1, K, 1)
     at = at.clamp(0, n - 1).unsqueeze(-1)
-    first = (at.detach().round() - 1) if splines else at.detach().floor().clamp(max=n - 2)
-    t = at - first  # linear: in [0, 1]; splines: in [0.5, 1.5]
+    low = (at.detach().round() - 1) if splines else at.detach().floor().clamp(max=n - 2)
+    t = at - low  # linear: in [0, 1]; splines: in [0.5, 1.5]
     weights = (1 - t, t) if not splines else (
         0.5 * (1.5 - t).square(), 0.75 - (t - 1).square(), 0.5 * (t - 0.5).square())
     weights = torch.cat(weights, -1).to(grid.dtype)  # (B or 1, K, C, 2 or 3)
-    nodes = first.long() + torch.arange(weights.shape[-1], device=x.device)
+    nodes = low.long() + torch.arange(weights.shape[-1], device=x.device)
     weight, index = inside.to(grid.dtype), nodes.new_zeros(1, 1, 1)
     for w, i in zip(weights.unbind(-2), nodes.clamp(0, n - 1).unbind(-2)):
         weight = (weight.unsqueeze(-1) * w.unsqueeze(-2)).flatten(-2)  # (B or 1, K, 2^C or 3^C)
@@ -1068,13 +1068,14 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
         table = grid.transpose(0, 1).flatten(1)  # (n^C, B D)
     else:
         table = grid.flatten(0, 1)
-        index = index + grid.shape[1] * torch.arange(len(grid), device=x.device)[:, None, None]
+        first = grid.shape[1] * torch.arange(grid.shape[0], device=x.device)
+        index = index + first[:, None, None]
     if x.requires_grad or torch.compiler.is_exporting():
         out = (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
     else:  # the same several times as fast, without a second derivative
         out = F.embedding_bag(index.flatten(0, 1), table, mode="sum",
                               per_sample_weights=weight.flatten(0, 1)).unflatten(0, index.shape[:2])
-    return out[0].unflatten(-1, (len(grid), -1)).transpose(0, 1) if shared else out
+    return out[0].unflatten(-1, (grid.shape[0], -1)).transpose(0, 1) if shared else out
 
 
 def upsample(tokens: Tensor, side: int, factor: int, dim: int) -> Tensor:

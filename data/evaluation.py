@@ -144,6 +144,19 @@ def scene_cases(model, data, only=None, pairs=0, batch=10):
                 torch.full((len(seen),), i))
 
 
+def pixel_values(model, decode, query: dict) -> Tensor:
+    """Values (B, M, 3) of the pixels or rays of a query; decode: query -> Prediction.
+
+    Of an image model with a grid means over the pixels: a picture of twice the size, reduced.
+    """
+    n = model.cfg.image_size
+    if model.cfg.task != "image" or not model.cfg.grid:
+        return decode(query).mean
+    values = decode({"coords": pixel_grid(2 * n, 2 * n)[None].to(query["coords"])}).mean
+    return F.interpolate(values.mT.unflatten(2, (2 * n, 2 * n)), n, mode="bilinear",
+                         antialias=True).flatten(2).mT
+
+
 @torch.no_grad()
 def evaluate(model, cases, tto: int = 0) -> dict:
     """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
@@ -156,7 +169,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
         code = encode_for(model, context, tto)
         z = mean_latents(model, code, query)
         decode = lambda query: predict(model, code, query, z)
-        mean = model.signal.observed(decode, query).view(target.shape)
+        mean = pixel_values(model, decode, query).view(target.shape)
         asked = torch.ones_like(target[..., :1])
         if "mask" in context:  # of the unseen pixels alone
             asked = 1 - context["mask"].flatten(2).mT.unsqueeze(1)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from data import curves, images, pictures
-from data.evaluation import (Case, curve_cases, image_cases, mixture, sample_curves,
-                             scene_cases)
+from data.evaluation import (Case, curve_cases, image_cases, mixture, pixel_values,
+                             sample_curves, scene_cases)
 from data.runs import track
 from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, look_at, mean_latents,
                      pixel_grid, predict, select_queries, to_device)
@@ -57,7 +57,7 @@ def prediction_panels(model, case: Case) -> list[Tensor]:
         return [context["images"][0, 0].movedim(0, -1), truth, *map(fold, view)]
     z = mean_latents(model, code, case.query)
     decode = lambda query: predict(model, code, query, z)
-    std, out = decode(case.query).std, [truth, fold(model.signal.observed(decode, case.query))]
+    std, out = decode(case.query).std, [truth, fold(pixel_values(model, decode, case.query))]
     if "mask" in context:
         image, mask = context["image"], context["mask"]
         out.insert(0, fold((image * mask + 1 - mask).flatten(2).mT))
