@@ -24,11 +24,12 @@ from data.testing import close, rand
 from test_tinyinr import PARITY, ROOT, balls, check_picture, full_disk, picture_rays, run, tiny
 
 
-EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option
+EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option,
+    # and grids that are read by splines and by gathering
     "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
-    "image-vnp": (dict(task="image", model="vnp", masked=True), []),
+    "image-vnp": (dict(task="image", model="vnp", masked=True, grid=20), []),
     "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
-    "nvs-vnp": (dict(task="nvs", model="vnp"), ["--opset", "18"]),
+    "nvs-vnp": (dict(task="nvs", model="vnp", conv_nodes=16), ["--opset", "18"]),
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
     "gp-transinr": (dict(task="gp", model="transinr"), []),
     "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
@@ -113,7 +114,7 @@ def test_dimensions_are_free_but_where_the_architecture_or_static_fixes_them(exp
                                      "poses": "batch views 3 4", "focals": "batch views 2"},
             "image-vnp.encoder": {"image": "batch 3 16 16", "mask": "batch 1 16 16"},
             "nvs-vnp.decoder": {"tokens": "batch 27 32", "grid": "batch 216 32",
-                                "views_map": "batch views 2 16 32",
+                                "views_map": "batch views 2 256 32",
                                 "views_poses": "batch views 3 4",
                                 "views_focals": "batch views 2"} | rays,
             "gp-vnp-fused": {"x": "batch points 1", "y": "batch points 1", "mask": "batch points",
