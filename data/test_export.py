@@ -24,8 +24,8 @@ from data.testing import close, rand
 from test_tinyinr import PARITY, ROOT, balls, check_picture, full_disk, picture_rays, run, tiny
 
 
-EXPORTS = {  # name -> (model or official checkpoint, options); every cell, both opsets, each option,
-    # and grids that are read by splines and by gathering
+EXPORTS = {  # name -> (model or official checkpoint, options); every cell, opset and option, and
+    # grids that are read by splines and by gathering
     "image-transinr": (PARITY / "transinr_image_1.pth", ["--opset", "18"]),
     "image-vnp": (dict(task="image", model="vnp", masked=True, grid=20), []),
     "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
