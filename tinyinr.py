@@ -2329,9 +2329,9 @@ def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float,
 def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int = 0) -> dict:
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
-    Adam on random targets at the signal's rate; all signals of the batch at once. Where the field
-    reads the views only the grid is refined, at 1e-3: other weights are right for these views
-    already, and harm the others. Returns a new code.
+    Adam, all signals of the batch at once, on so many random targets a step; rate (None) and number
+    (0) are the signal's. Where the field reads the views only the grid is refined, at 1e-3: other
+    weights are right for these views already, and harm the others. Returns a new code.
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
