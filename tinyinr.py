@@ -1054,10 +1054,14 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
     at = at * ((n - 1) / (axis[-1] - axis[0]))
     inside = ((at > -1) & (at < n)).all(-1, keepdim=True)  # (B or 1, K, 1)
     at = at.clamp(0, n - 1).unsqueeze(-1)
-    low = (at.detach().round() - 1) if splines else at.detach().floor().clamp(max=n - 2)
-    t = at - low  # linear: in [0, 1]; splines: in [0.5, 1.5]
-    weights = (1 - t, t) if not splines else (
-        0.5 * (1.5 - t).square(), 0.75 - (t - 1).square(), 0.5 * (t - 0.5).square())
+    if splines:
+        low = at.detach().round() - 1
+        t = at - low - 1  # in [-0.5, 0.5], from the middle one
+        weights = 0.5 * (0.5 - t).square(), 0.75 - t.square(), 0.5 * (0.5 + t).square()
+    else:
+        low = at.detach().floor().clamp(max=n - 2)
+        t = at - low  # in [0, 1]
+        weights = 1 - t, t
     weights = torch.cat(weights, -1).to(grid.dtype)  # (B or 1, K, C, 2 or 3)
     nodes = low.long() + torch.arange(weights.shape[-1], device=x.device)
     weight, index = inside.to(grid.dtype), nodes.new_zeros(1, 1, 1)
@@ -1907,18 +1911,19 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     for step, (images, large) in enumerate(pairs, start):
         gens = signal_generators(recipe, step)
         draws = torch.stack([torch.rand(1, 1, generator=g) for g in gens])  # (B, 1, 1)
-        flip, images = (draws < 0.5 * recipe.flip).to(device), to_device(images, device)
+        flip = (draws < 0.5 * recipe.flip).to(device)
+        image = to_device(images, device).float() / 255
         gen, count = generator(recipe.seed, step, 3), recipe.n_queries or cfg.image_size**2
         if large is None:
-            at, pixels = pixel_grid(*images.shape[2:]), images
+            at, pixels = pixel_grid(*image.shape[2:]), image
             at = at[torch.randperm(len(at), generator=gen)[:count]]  # (M, 2)
         else:
-            at, pixels = 2 * torch.rand(count, 2, generator=gen) - 1, to_device(large, device)
+            at = 2 * torch.rand(count, 2, generator=gen) - 1
+            pixels = to_device(large, device).float() / 255
         at = at.to(device)  # the same of every image, mirrored with it
         mirrored = torch.where(flip, at * at.new_tensor([1, -1]), at)  # (B, M, 2)
-        target = F.grid_sample(pixels.float() / 255, mirrored.flip(-1).unsqueeze(1), "bicubic",
+        target = F.grid_sample(pixels, mirrored.flip(-1).unsqueeze(1), "bicubic",
                                "border", align_corners=False).squeeze(2).mT  # (B, M, 3)
-        image = images.float() / 255
         context = {"image": torch.where(flip.unsqueeze(-1), image.flip(-1), image)}
         if cfg.masked:
             whole = torch.stack([torch.rand(1, 1, 1, generator=g) for g in gens]) < recipe.whole
@@ -2346,8 +2351,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
         pick = pick.to(values.device)
         with torch.enable_grad():
             decode = lambda query: model.decode(fixed | code, query)
-            shown = Prediction(signal.observed(decode, select_queries(query, pick)), None)
-            error = signal.error(shown, values[:, pick]).mean(-1)  # (B, M)
+            shown = signal.observed(decode, select_queries(query, pick)).float()
+            error = (shown - values[:, pick]).square().mean(-1)  # (B, M)
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
         optimizer.zero_grad()
         error.backward(inputs=list(code.values()))

@@ -157,6 +157,11 @@ def pixel_values(model, decode, query: dict) -> Tensor:
                          antialias=True).flatten(2).mT
 
 
+def is_covered(mean, std, truth) -> Tensor:
+    """1.0 where the truth lies within the central 95 % of the Gaussian, else 0.0."""
+    return ((mean - truth).abs() < curves.CENTRAL_95 * std).float()
+
+
 @torch.no_grad()
 def evaluate(model, cases, tto: int = 0) -> dict:
     """PSNR by label, mean over images or views, and baselines beside it: see LEGEND.
@@ -181,7 +186,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
             centers = decode(query)
             scores["centers"] = quality(centers.mean.view(target.shape))
             if centers.std is not None:
-                inside = (mean - target).abs() < curves.CENTRAL_95 * centers.std.view(target.shape)
+                inside = is_covered(mean, centers.std.view(target.shape), target)
                 scores["coverage"] = (inside * asked).mean((-2, -1)) / part
         if "mask" in context:
             scores["nearest"] = quality(nearest_filling(context["image"], context["mask"])[:, None])
@@ -194,16 +199,14 @@ def evaluate(model, cases, tto: int = 0) -> dict:
         if large is not None:
             truth = (large.to(target.device).float() / 255).flatten(2).mT  # (B, pixels, 3)
             small, size = context["image"].shape[-2:], large.shape[-2:]
-            coords = pixel_grid(*size, target.device).expand(len(mean), -1, -1)
             enlarged = lambda pixels: F.interpolate(
                 pixels.mT.unflatten(2, small), size, mode="bicubic").flatten(2).mT
-            values = decode({"coords": coords})
+            values = decode({"coords": pixel_grid(*size, target.device)[None]})
             scores["large"] = psnr(values.mean, truth)
             scores["large_bicubic"] = psnr(enlarged(mean[:, 0].clamp(0, 1)), truth)
             scores["truth_bicubic"] = psnr(enlarged(target[:, 0]), truth)
             if values.std is not None:
-                inside = (values.mean - truth).abs() < curves.CENTRAL_95 * values.std
-                scores["large_coverage"] = inside.float().mean((-2, -1))
+                scores["large_coverage"] = is_covered(*values, truth).mean((-2, -1))
         parts.append((i, {label} if "mask" in context else {label, "all"}, scores, numbers))
     out = mean_scores(parts, "pictures", "objects" * scenes)
     whole = [label for label in out if "seen" not in label and label != "all"]
@@ -273,7 +276,7 @@ def marginal_scores(model, x, y, known, true, n: int, samples: int, gen) -> dict
     context = {"x": xs[:, :n], "y": ys[:, :n], "mask": seen[:, :n]}
     prediction = sample_curves(model, context, xs, samples, gen)
     ll, marginal = mixture_log_likelihood(prediction, ys), mixture(prediction)
-    inside = ((ys - marginal.mean).abs() < curves.CENTRAL_95 * marginal.std).float()
+    inside = is_covered(*marginal, ys)
     scores = {"target_ll": masked_mean(ll[:, n:], seen[:, n:]),
               "context_ll": masked_mean(ll[:, :n], seen[:, :n]),
               "coverage": masked_mean(inside[:, n:], seen[:, n:])}
