@@ -556,16 +556,22 @@ def test_the_grid_of_an_image_is_two_transposed_convolutions_that_are_sampled(fa
     close(model.initial_features(code, points, None), want.squeeze(3).mT)
 
 
+def mean_and_maximum(a, b):
+    """The mean of the first half of their channels, the maximum of the other."""
+    half = a.shape[-1] // 2
+    return torch.cat(((a + b)[..., :half] / 2, torch.maximum(a, b)[..., half:]), -1)
+
+
 def test_a_place_in_space_starts_from_what_the_views_show_there():
     """Where tokens hold their row and column, a place on a pixel's ray reads that pixel's."""
     tokenizer, focals = tiny("nvs", "transinr").tokenizer, torch.tensor([20.0, 26.0])
     views = rand(3, 2, 3, 16, 16), poses(3, 2), focals.expand(3, 2, 2)
-    both, each = tokenizer(*views), [tokenizer(*(x[:, [v]] for x in views)) for v in (0, 1)]
-    close(both, sum(each) / 2)  # the mean over views
-    mirror = [p.clone() for p in tokenizer.mirror.parameters()]
+    both, mirror = tokenizer(*views), [p.clone() for p in tokenizer.mirror.parameters()]
     for p in tokenizer.mirror.parameters():
         p.zero_()
-    alone = tokenizer(*views) - tokenizer.voxel_pos
+    alone, *each = (tokenizer(*(x[:, v] for x in views)) - tokenizer.voxel_pos
+                    for v in ([0, 1], [0], [1]))
+    close(alone, mean_and_maximum(*each))
     place = tokenizer.voxels * torch.tensor([-1.0, 1, 1])  # of a voxel's mirror image
     other = torch.cdist(place, tokenizer.voxels).argmin(1)
     close(both, tokenizer.voxel_pos + alone + F.linear(alone[:, other], *mirror), 1e-4)
@@ -585,7 +591,7 @@ def test_a_place_in_space_starts_from_what_the_views_show_there():
 
 @every_model
 def test_a_point_reads_the_maps_of_the_views_that_show_it_and_its_mirror_image(name):
-    """As grid_sample does, at the pixels whose rays meet in the point; the mean over views."""
+    """As grid_sample does, at the pixels whose rays meet in the point."""
     model, (context, _) = tiny("nvs", name), signals("nvs")
     code, corner = model.encode(context), slice(3, 13)  # between the 4 x 4 nodes
     at = tinyinr.pixel_grid(16, 16).view(16, 16, 2)[corner, corner].flip(-1).expand(3, -1, -1, -1)
@@ -600,7 +606,7 @@ def test_a_point_reads_the_maps_of_the_views_that_show_it_and_its_mirror_image(n
         close(model.views.read(one, x), want)
         assert want.std() > 1e-3
     each = [model.views.read({k: w[:, [v]] for k, w in code.items()}, points[:, 0]) for v in (0, 1)]
-    close(model.views.read(code, points[:, 0]), sum(each) / 2)
+    close(model.views.read(code, points[:, 0]), mean_and_maximum(*each))
 
 
 @pytest.mark.parametrize("n", (48, 96, 144, 192, 240))

@@ -223,6 +223,7 @@ class TrainConfig(Checked):
     augment: bool = False  # scenes: mirror them and permute their colors
     balance: float = bounded(0.0, 0, 1)  # scenes: a class of n objects is drawn as n^(1 - balance)
     shared_rays: bool = False  # scenes: the same pixels and jitter for the whole batch, as in [1]
+    more_views: int = bounded(0, 0, 1024)  # scenes: 3 of 7 steps have up to so many more
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all", "series")  # of curves in training
@@ -233,7 +234,7 @@ class TrainConfig(Checked):
 IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True,
               conv_nodes=32)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
-             batch_size=8, target_views=8, balance=0.75, augment=True, conv_nodes=16)
+             batch_size=8, more_views=3, target_views=8, balance=0.75, augment=True, conv_nodes=16)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
               n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
@@ -258,7 +259,7 @@ SMALL = {  # (task, model): what differs from the defaults
 }
 PAPER = {  # the papers' architectures at this size: no feature grid, the papers' encoding
     "image": dict(grid=0, conv_nodes=0, freq_top=1024.0, zoom=1),
-    "nvs": dict(grid=0, conv_nodes=0, freq_top=256.0, points_per_ray=32),
+    "nvs": dict(grid=0, conv_nodes=0, freq_top=256.0, points_per_ray=32, more_views=0),
     "gp": dict(grid=0, freq_top=256.0, n_convs=0, n_features=0, n_harmonics=0, rough=0.0),
     "transinr": dict(n_groups=16), "vnp": dict(cross_depth=2)}
 SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0, epochs=1000,
@@ -1118,6 +1119,15 @@ def project(points, poses, focals, size) -> tuple[Tensor, Tensor]:
     return x.mT, (at / half.unsqueeze(-1)).mT
 
 
+def over_views(x: Tensor) -> Tensor:
+    """What V views show, (B, V, K, D) -> (B, K, D): means of half of it, maxima of the rest.
+
+    A place that is empty in one view is empty, which a mean alone would not tell.
+    """
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., :half].mean(1), x[..., half:].amax(1)), -1)
+
+
 class ConvFeatures(nn.Module):
     """Images (B, C, S, S) -> features of n x n equal parts of each, (B, n^2, WIDTH).
 
@@ -1181,20 +1191,20 @@ class ViewMaps(nn.Module):
         return self.head(features).unflatten(-1, (2, -1)).transpose(2, 3)
 
     def read(self, code, points):
-        """The mean over views of both maps at points (B or 1, K, 3), (B, K, width)."""
+        """The sum of both maps, over views, at points (B or 1, K, 3), (B, K, width)."""
         maps, poses, focals = (code[f"views_{k}"] for k in ("map", "poses", "focals"))
         size, out = (self.image_size, self.image_size), 0
         for nodes, x in zip(maps.unbind(2), (points, points * points.new_tensor([-1, 1, 1]))):
             at = project(x.unsqueeze(1), poses, focals, size)[1].flatten(0, 1)  # (B V, K, 2)
             out = out + interpolate(nodes.flatten(0, 1), at, self.axis)
-        return out.unflatten(0, poses.shape[:2]).mean(1)
+        return over_views(out.unflatten(0, poses.shape[:2]))
 
 
 class VoxelTokenizer(RayTokenizer):
     """Views -> a token for every voxel of a grid in space, (B, n^3, D): what the views show there.
 
-    Averaged over views, the patch tokens and a linear map of the views' features, interpolated at
-    its projection, and a linear map of its place before the camera; to this are added a linear map
+    Over views, the patch tokens and a linear map of the views' features, interpolated at its
+    projection, and a linear map of its place before the camera; to this are added a linear map
     of the same of the voxel's mirror image at -x, as most objects are symmetric, and a learned
     position.
     """
@@ -1221,7 +1231,7 @@ class VoxelTokenizer(RayTokenizer):
             features = self.features(features.flatten(0, 1))
             seen = seen + interpolate(features, at.flatten(0, 1), self.map_axis)
         seen = seen.unflatten(0, x.shape[:2])
-        tokens = (seen + self.camera(x.to(seen.dtype))).mean(1)  # (B, n^3, D)
+        tokens = over_views(seen + self.camera(x.to(seen.dtype)))  # (B, n^3, D)
         mirrored = tokens.unflatten(1, (self.n, -1)).flip(1).flatten(1, 2)
         return tokens + self.mirror(mirrored) + self.voxel_pos
 
@@ -1937,18 +1947,21 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
 
     data: an object with `images` (sum V, 3, S, S) uint8, `poses` (sum V, 3, 4) and `focals`
     (sum V, 2) of all views, one scene after the other, `counts` (N,), how many each has, and where
-    the recipe balances them `labels`, the classes. Every scene gives `n_views` context views and
-    `n_queries` random rays of `target_views` others; in the first epoch half of the rays hit the
-    object, the foreground ([1]).
+    the recipe balances them `labels`, the classes. Every scene gives `n_views` context views, or up
+    to `more_views` more, and `n_queries` random rays of `target_views` others; in the first epoch
+    half of the rays hit the object, the foreground ([1]).
     """
     n, (height, width) = len(data.counts), data.images.shape[-2:]
     counts = data.counts.clamp(max=recipe.train_views or 2**20)
     first, odds = data.counts.cumsum(0) - data.counts, None
-    most = min(cfg.n_views + recipe.target_views, int(counts.min()))
     if recipe.balance:
         odds = torch.tensor([data.labels.count(c) ** -recipe.balance for c in data.labels])
     for step in itertools.count(start):
-        gens = signal_generators(recipe, step)
+        gens, fewest = signal_generators(recipe, step), int(counts.min())
+        more = torch.randint(-recipe.more_views, recipe.more_views + 1, (),
+                             generator=generator(recipe.seed, step, 16))
+        seen = min(cfg.n_views + max(0, int(more)), fewest - 1)  # context views of this step
+        most = min(seen + recipe.target_views, fewest)
         objects = batch_indices(n, recipe, step, odds)
         views = torch.stack([first[i] + torch.randperm(int(counts[i]), generator=g)[:most]
                              for i, g in zip(objects, gens)])  # (B, V)
@@ -1958,16 +1971,16 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         if recipe.shared_rays:
             gens = [generator(recipe.seed, step, 14) for _ in gens]
         foreground = step * recipe.batch_size < epoch_length(n, recipe)
-        pick = pick_pixels(images[:, cfg.n_views :], recipe.n_queries, gens, foreground)  # (B, R)
-        which = torch.arange(len(pick))[:, None], cfg.n_views + pick // (height * width)
+        pick = pick_pixels(images[:, seen:], recipe.n_queries, gens, foreground)  # (B, R)
+        which = torch.arange(len(pick))[:, None], seen + pick // (height * width)
         pixel = pick % (height * width)
         rays_o, rays_d = (r.squeeze(2) for r in camera_rays(
             poses[which], focals[which], height, width, pixel.unsqueeze(2)))  # (B, R, 3)
         target = images.flatten(3)[*which, :, pixel].float() / 255  # (B, R, 3)
         n_points = cfg.points_per_ray if recipe.shared_rays else 1  # [1]: of every point
         jitter = torch.stack([torch.rand(pick.shape[1], n_points, generator=g) for g in gens])
-        context = {"images": images[:, : cfg.n_views].float() / 255,
-                   "poses": poses[:, : cfg.n_views], "focals": focals[:, : cfg.n_views]}
+        context = {"images": images[:, :seen].float() / 255,
+                   "poses": poses[:, :seen], "focals": focals[:, :seen]}
         query = {"rays_o": rays_o, "rays_d": rays_d, "jitter": jitter}
         yield tuple(to_device(x, device) for x in (context, query, target))
 

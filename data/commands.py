@@ -119,8 +119,8 @@ def banner(run: Run):
 LENGTHS = ("steps", "minutes", "epochs")  # of a run
 FIELDS = {  # that one task or model alone reads
     "image": "masked out_bias flip random_crop zoom min_seen whole",
-    "nvs": "voxels near far points_per_ray n_views augment balance shared_rays target_views "
-           "train_views",
+    "nvs": "voxels near far points_per_ray n_views augment balance shared_rays more_views "
+           "target_views train_views",
     "gp": "n_values n_convs n_features n_harmonics kernel rough",
     "transinr": "inr_depth inr_width n_groups",
     "vnp": "cross_depth cross_heads cross_ff n_blocks hidden latent latent_pool kl_weight"}
@@ -233,7 +233,7 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
     else:
         size = len(train_set)
     plain = replace(recipe, flip=False, random_crop=False, augment=False, balance=0.0,
-                    train_views=0, seed=1)
+                    more_views=0, train_views=0, seed=1)
     batches = BATCHES[cfg.task]
     held_out = batches(cfg, plain, val_set, device.name, start=10**6)  # no epoch of the foreground
     return (functools.partial(batches, cfg, recipe, train_set),
