@@ -984,27 +984,31 @@ def test_classes_are_balanced_by_a_power_of_their_size():
 
 @pytest.mark.parametrize("given", [
     dict(target_views=1, n_queries=80), dict(target_views=3), dict(target_views=9, n_queries=80),
-    dict(shared_rays=True, n_queries=200, points_per_ray=5)])
+    dict(more_views=9, target_views=2, n_queries=80), dict(shared_rays=True, n_queries=200, points_per_ray=5)])
 def test_training_rays_are_of_other_views_without_replacement_and_shared_as_officially(
         given, tmp_path):
-    """Each has the color of its pixel; they start from as many other cameras as asked for."""
+    """Each has the color of its pixel; they start from as many other cameras as asked for.
+
+    Where a context may have more views, its number varies, and another view is left.
+    """
     cfg, recipe = configs("nvs", "transinr", augment=True, **given)
     data = scenes.SceneSet(balls(tmp_path, "01", "2"), "train", 16)  # of 4 views each
-    count, shared = recipe.n_queries or 3 * 16**2, recipe.shared_rays
-    for step in range(5):
+    count, shared, numbers = recipe.n_queries or 3 * 16**2, recipe.shared_rays, set()
+    for step in range(16 if recipe.more_views else 4):
         context, query, color = next(tinyinr.scene_batches(cfg, recipe, data, start=step))
         o, d = query["rays_o"], query["rays_d"]
         near = torch.linalg.cross(o, d).norm(dim=-1) / d.norm(dim=-1)  # distance of ray and origin
         hit = (color < 1).any(-1)
         assert hit[near < 1.15].all() and not hit[near > 1.2].any()  # the ball of `draw_ball`
-        assert context["images"].shape == (2, 1, 3, 16, 16)
+        numbers.add(n := context["images"].shape[1])
         assert query["jitter"].shape == (2, count, 5 if shared else 1)
         assert torch.equal(*query["jitter"]) == shared
         for i in range(2):
             eyes = o[i].unique(dim=0)
-            assert len(eyes) == min(recipe.target_views, 3)
-            assert ((eyes - context["poses"][i, :, :, 3]).norm(dim=-1) > 1e-3).all()
+            assert len(eyes) == min(recipe.target_views, 4 - n)
+            assert torch.cdist(eyes, context["poses"][i, :, :, 3]).min() > 1e-3
             assert len(torch.cat((o[i], d[i]), 1).unique(dim=0)) == count
+    assert numbers == ({1, 2, 3} if recipe.more_views else {1})
 
 
 def test_a_batch_of_curves_has_contexts_of_every_size():

@@ -40,7 +40,10 @@ function answer({data}) {
   if (data.error) return say(data.error);
   if (data.tiles) return show(data);
   if (data.seen) {
-    $("input").getContext("2d").putImageData(data.seen[0], 0, 0);
+    const [{width: S}] = data.seen, n = Math.ceil(Math.sqrt(data.seen.length));
+    const pen = Object.assign($("input"), {width: n * S, height: n * S}).getContext("2d");
+    data.seen.forEach((view, k) => pen.putImageData(view, S * (k % n), S * Math.floor(k / n)));
+    $("seen").textContent = `${task == "nvs" ? `${data.seen.length} × ` : ""}${S} × ${S} pixels`;
     start = data.view;
     return reset(data);
   }
@@ -179,14 +182,11 @@ async function begin() {
   if (typeof WebAssembly != "object") throw Error($("status").dataset.wasm);
   if (location.protocol == "file:") throw Error($("status").dataset.file);
   const about = await (await fetch(await get(`${encodeURIComponent(stem)}.json`))).json();
-  const {image_size: S, n_features} = about.config;
-  ({task} = about);
+  const kind = `${task = about.task} ${about.model} ${about.config.n_features}`;
   start = example?.view || starts[task];
   for (const e of document.querySelectorAll("[data-for]"))
-    e.toggleAttribute("hidden", !`${task} ${about.model} ${n_features}`.match(e.dataset.for));
+    e.toggleAttribute("hidden", !kind.match(e.dataset.for));
   $("size").value = (task == "nvs" ? 128 : 512) / (about.model == "vnp" ? 2 : 1);  // in seconds
-  Object.assign($("input"), {width: S, height: S});
-  $("seen").textContent = `${S} × ${S} pixels`;
   const parts = ["encoder", "decoder"].map(k => [encodeURIComponent(about.files[k].file)]);
   const urls = await Promise.all([...parts, ...Object.entries(ort)].map(file => get(...file)));
   const given = `const GIVEN = ${JSON.stringify({about, urls})};`;

@@ -49,17 +49,19 @@ def write(path: Path, cfg, data, ort: str | None):
 def example(cfg, data) -> dict | None:
     """The first signal of a set: images as data URIs; cameras of a scene, the first also as a view.
 
-    The page draws a scene from a camera on a sphere around it, at angles x (azimuth) and y.
+    Of a scene four views, where a model has a grid: they show more than one does. The page draws a
+    scene from a camera on a sphere around it, at angles x (azimuth) and y.
     """
     if cfg.task == "image":
         return {"images": [data_uri(data[0, 0][0])]}
     if cfg.task == "nvs":
-        cameras = {k: getattr(data, k)[: cfg.n_views].tolist() for k in ("poses", "focals")}
+        n = max(cfg.n_views, 4 if cfg.grid else 1)
+        cameras = {k: getattr(data, k)[:n].tolist() for k in ("poses", "focals")}
         x, y, z = (row[3] for row in cameras["poses"][0])
         view = {"x": math.atan2(y, x), "y": math.atan2(z, math.hypot(x, y)),
                 "r": math.hypot(x, y, z), "zoom": 1,
                 "focal": [f / cfg.image_size for f in cameras["focals"][0]]}
-        images = [data_uri(v) for v in data.images[: cfg.n_views]]
+        images = [data_uri(v) for v in data.images[:n]]
         return {"images": images, "view": view} | cameras
     return None
 

@@ -520,7 +520,7 @@ def pretrained(run, cores):
     sys.path.insert(0, str(DATA.parent))
     import tinyinr
     import torch
-    from data import evaluation
+    from data import commands, evaluation
 
     ckpt = tinyinr.read_checkpoint(run / "ckpt.pt")
     recipe, model = tinyinr.TrainConfig(**ckpt["recipe"]), tinyinr.load(run / "ckpt.pt")
@@ -541,10 +541,12 @@ def pretrained(run, cores):
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
         "cores": cores or torch.get_num_threads()}
     record["part_size"] = {"image": 8, "nvs": 1, "gp": 2}[cfg.task]  # what a test can repeat
-    for key, limit in (("scores", 0), ("part", record["part_size"])):
-        data = evaluation.open_data(cfg, ckpt["data"] or None, "test", limit=limit,
-                                 zoom=4 if cfg.task == "image" else 1)
-        record[key] = evaluation.score(tinyinr.load(path), data, count=limit)
+    parts = [("scores", 0, None), ("part", record["part_size"], None)]
+    for key, limit, views in parts + [("four_views", 0, 4)] * (cfg.task == "nvs"):
+        model = commands.load_for(path, tinyinr.choose_device("cpu"), views)
+        data = evaluation.open_data(model.cfg, ckpt["data"] or None, "test", limit=limit,
+                                    zoom=4 if cfg.task == "image" else 1)
+        record[key] = evaluation.score(model, data, count=limit)
     evaluation.write_json(path.with_suffix(".json"), record)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     evaluation.report(record["scores"])

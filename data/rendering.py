@@ -76,7 +76,11 @@ def sample_pictures(model, data, count: int = 12):
     cases = scene_cases if model.cfg.task == "nvs" else image_cases
     cases = [case for case in cases(model, data, only, batch=1)]
     part = [case for case in cases if "30% seen" in case.label] or cases
-    columns = (prediction_panels(model, case) for case in part[:count])
+    return panel_grid([prediction_panels(model, case) for case in part[:count]])
+
+
+def panel_grid(columns: list[list[Tensor]]):
+    """Columns of pictures (H, W, 3) in [0, 1] -> one picture (uint8), enlarged."""
     return pictures.image_grid([[pictures.enlarge(pictures.to_uint8(p)) for p in row]
                                 for row in zip(*columns)])
 

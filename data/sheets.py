@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tinyinr  # noqa: E402
 from data import pictures, rendering  # noqa: E402
+from data.commands import load_for  # noqa: E402
 from data.curves import CurveSet  # noqa: E402
-from data.evaluation import curve_cases, open_data  # noqa: E402
+from data.evaluation import curve_cases, open_data, scene_cases  # noqa: E402
 
 COUNT = 8  # signals a sheet
 
@@ -69,6 +70,16 @@ def columns(model, count: int = 6):
     return pictures.image_grid(list(zip(*((row[0], row[2], row[-1]) for row in rows))))
 
 
+def objects(model, count: int = 12):
+    """The first view, another one, it from the first and from all context views, with its depth."""
+    data, columns = open_data(model.cfg, None, "test"), []
+    for case in scene_cases(model, data, [i * len(data) // count for i in range(count)]):
+        alone = case._replace(context={k: v[:, :1] for k, v in case.context.items()})
+        one, all_of_them = (rendering.prediction_panels(model, c) for c in (alone, case))
+        columns.append([*one[:3], *all_of_them[2:]])
+    return rendering.panel_grid(columns)
+
+
 def curve_rows(model, series_model):
     """A curve of every kernel; below, two windows of sunspots and one of El Nino, half seen."""
     drawn = [rendering.plot_case(model, case)[0] for case in curve_cases(None, 1)]
@@ -81,14 +92,14 @@ def curve_rows(model, series_model):
 @torch.no_grad()
 def readme():
     """Draw the figures of the README from the stored models."""
-    for name, *stems in (("image", "image-transinr"), ("completion", "image-vnp"),
-                         ("nvs", "nvs-transinr"), ("curves", "vnp-gp", "vnp-series")):
-        models = [tinyinr.load(ROOT / "data" / "pretrained" / f"{stem}.pt") for stem in stems]
-        if draw := {"image": columns, "curves": curve_rows}.get(name):
-            picture = draw(*models)
-        else:
-            picture = rendering.sample_pictures(*models, open_data(models[0].cfg, None, "test"))
-        rendering.write_pictures([picture], ROOT / "data" / "readme" / f"{name}.webp")
+    masked = lambda model: rendering.sample_pictures(model, open_data(model.cfg, None, "test"))
+    for name, draw, *stems in (
+            ("image", columns, "image-transinr"), ("completion", masked, "image-vnp"),
+            ("nvs", objects, "nvs-transinr"), ("curves", curve_rows, "vnp-gp", "vnp-series")):
+        models = [load_for(ROOT / "data" / "pretrained" / f"{stem}.pt",
+                           tinyinr.choose_device("cpu"), 4 if name == "nvs" else None)
+                  for stem in stems]
+        rendering.write_pictures([draw(*models)], ROOT / "data" / "readme" / f"{name}.webp")
 
 
 @click.command(context_settings={"max_content_width": 100})

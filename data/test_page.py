@@ -119,9 +119,10 @@ def browser(tmp_path_factory):
 def served(ort_web, exported):
     """Address of a server of pages for the exports of image, nvs and gp models."""
     folder = exported.folder
-    for name in ("image-transinr", "image-vnp", "nvs-transinr", "gp-vnp", "gp-transinr-two"):
+    for name in ("image-transinr", "image-vnp", "nvs-transinr", "nvs-vnp", "gp-vnp",
+                 "gp-transinr-two"):
         cfg = exported.model(name).cfg
-        n, size = cfg.n_views, cfg.image_size
+        n, size = 4, cfg.image_size  # views
         data = SimpleNamespace(images=(rand(n, 3, size, size) * 255).byte(), poses=poses(n),
                                focals=torch.full((n, 2), 1.2 * size))
         if cfg.task == "image":
@@ -199,17 +200,23 @@ def test_an_image_on_the_page_is_zoomed_and_moved_by_buttons_keys_and_fingers(
     assert off(browser, values(grid / 3)) <= 2.5  # pixels of the screen are whole
 
 
-def test_the_page_draws_the_view_that_a_scene_was_seen_from(tmp_path, exported, served, browser):
+@pytest.mark.parametrize("name, n", (("nvs-transinr", 1), ("nvs-vnp", 2)))  # n x n views
+def test_the_page_draws_the_view_that_a_scene_was_seen_from(
+        tmp_path, exported, served, browser, name, n):
     """Turns it by keys; and sees a dropped photo as `render` does."""
-    model = exported.model("nvs-transinr")
-    browser.open(f"{served}/nvs-transinr.html")
+    model = exported.model(name)
+    browser.open(f"{served}/{name}.html")
     browser.settle(choose(64))
-    size, focals = model.cfg.image_size, torch.full((1, 2), 1.2 * model.cfg.image_size)
-    images = (rand(1, 3, size, size) * 255).byte() / 255
-    code = model.encode({"images": images[None], "poses": poses(1)[None], "focals": focals[None]})
+    size = model.cfg.image_size
+    images = (rand(4, 3, size, size) * 255).byte()[: n * n]
+    square = images.unflatten(0, (n, n)).permute(0, 3, 1, 4, 2).reshape(n * size, n * size, 3)
+    assert (browser.canvas("input") == square.numpy()).all()
+    focals, cameras = torch.full((n * n, 2), 1.2 * size), poses(4)[: n * n]
+    code = model.encode({"images": images[None] / 255, "poses": cameras[None],
+                         "focals": focals[None]})
     mean = lambda pose: tinyinr.predict(
         model, code, picture_rays(pose, focals[0] * 64 / size, 64)).mean
-    (pose,), turn = poses(1), torch.tensor(0.5)
+    pose, turn = cameras[0], torch.tensor(0.5)
     assert off(browser, mean(pose)) <= 1.5
     browser.settle(press(["ArrowRight", "ArrowRight"]))  # the camera goes to the left
     c, s, o, i = turn.cos(), turn.sin(), turn * 0, turn * 0 + 1
