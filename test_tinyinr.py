@@ -762,6 +762,25 @@ def test_other_precisions_and_an_accelerator_agree_with_float32_on_the_cpu(task,
         close(got.mean.cpu(), single, 1e-4)
 
 
+@every_model
+def test_rays_that_meet_nothing_are_white_without_being_computed(name, monkeypatch):
+    """The same to the bit; and nothing else is white, whatever part of the rays is asked for."""
+    model, context = tiny("nvs", name), {k: v[:1] for k, v in signals("nvs")[0].items()}
+    rays_o, rays_d = (r[0, 0].flatten(0, 1)[None] for r in tinyinr.camera_rays(
+        context["poses"], 0.6 * context["focals"], 16, 16))
+    query, code, points = {"rays_o": rays_o, "rays_d": rays_d}, model.encode(context), []
+    meets = torch.linalg.cross(rays_o, rays_d).norm(dim=-1) < rays_d.norm(dim=-1)  # (1, R)
+    field = model.raw_field
+    monkeypatch.setattr(model, "raw_field", lambda code, query, *given: (
+        points.append(query["rays_o"].shape[1]), field(code, query, *given))[1])
+    want = model.decode(code, query).mean
+    assert torch.equal(tinyinr.predict(model, code, query).mean, want)
+    assert points == [256, int(meets.sum())] and torch.equal((want == 1).all(-1), ~meets)
+    assert 50 < meets.sum() < 200
+    away = {"rays_o": rays_o, "rays_d": -rays_d}
+    assert (tinyinr.predict(model, code, away).mean == 1).all()
+
+
 # ------------------------------------------------------------------------- official checkpoints
 
 
@@ -978,7 +997,8 @@ def test_classes_are_balanced_by_a_power_of_their_size():
 
 @pytest.mark.parametrize("given", [
     dict(target_views=1, n_queries=80), dict(target_views=3), dict(target_views=9, n_queries=80),
-    dict(more_views=9, target_views=2, n_queries=80), dict(shared_rays=True, n_queries=200, points_per_ray=5)])
+    dict(more_views=9, target_views=2, n_queries=80),
+    dict(shared_rays=True, n_queries=200, points_per_ray=5)])
 def test_training_rays_are_of_other_views_without_replacement_and_shared_as_officially(
         given, tmp_path):
     """Each has the color of its pixel; they start from as many other cameras as asked for.
@@ -1796,14 +1816,17 @@ def test_the_tables_of_the_readme_are_whole_and_hold_the_stored_scores():
                  for line in table.splitlines()]
         assert len({len(row) for row in cells}) == 1
         rows += cells
-    scores = {path.stem: json.loads(path.read_text())["scores"]
-              for path in (ROOT / "data" / "pretrained").glob("*.json")}
-    for name, model in (("TransINR", "nvs-transinr"), ("VNP", "nvs-vnp")):
-        labels = ("chairs", "lamps", "cars", "furniture", "all")
-        assert [name, *(f"{scores[model][label]['psnr']:.2f}" for label in labels)] in rows
+    records = {path.stem: json.loads(path.read_text())
+               for path in (ROOT / "data" / "pretrained").glob("*.json")}
+    for (name, model), (more, key) in product(
+            (("TransINR", "nvs-transinr"), ("VNP", "nvs-vnp")),
+            (("", "scores"), (", from four views", "four_views"))):
+        psnr = (f"{records[model][key][label]['psnr']:.2f}"
+                for label in ("chairs", "lamps", "cars", "furniture", "all"))
+        assert [name + more, *psnr] in rows
     kinds = {"psnr": "64 x 64", "centers": "64 x 64, at pixel centers", "large": "256 x 256"}
     for label, (kind, of) in product(("emoji", "photos"), kinds.items()):
-        values = (f"{scores[f'image-{name}'][label][kind]:.2f}" for name in MODELS)
+        values = (f"{records[f'image-{name}']['scores'][label][kind]:.2f}" for name in MODELS)
         assert [f"{label}, {of}", *values] in [row[:3] for row in rows]
 
 

@@ -587,6 +587,10 @@ class Signal:
         """What a context shows at the query's targets, (B, M, C); decode: query -> Prediction."""
         return decode(query).mean
 
+    def hits(self, query: dict) -> Tensor | None:
+        """Which rays (R,) of a lone signal meet what can be seen; None: all targets have values."""
+        return None
+
     def prior_set(self, context: dict):
         """Query and weight (B, M) of the set that a VNP's prior is averaged over."""
         every = max(1, self.cfg.image_size // self.pool_side)
@@ -1320,6 +1324,10 @@ class GridScene(Scene):
         near = torch.minimum(torch.maximum(near, middle - half), far)
         return near, torch.maximum(torch.minimum(far, middle + half), near)
 
+    def hits(self, query):
+        near, far = self.depth_range(query)
+        return (far > near)[0, :, 0] if len(far) == 1 else None
+
     def radiance(self, raw, points):
         inside = points.square().sum(-1) <= 1.0001
         return torch.sigmoid(4 * raw[..., :3]), inside * F.softplus(20 * (raw[..., 3] - 0.1))
@@ -1661,10 +1669,16 @@ def mean_latents(model, code: dict, query: dict) -> Tensor | None:
 def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Prediction:
     """model.decode of any number of queries, in chunks of about `chunk` points, one z for all.
 
-    chunk 0: what fits a CPU's cache, or what fills a GPU.
+    chunk 0: what fits a CPU's cache, or what fills a GPU. Rays that meet nothing are white at once.
     """
     chunk = chunk or 1 << (14 if model.freqs.device.type == "cpu" else 18)
     z = mean_latents(model, code, query) if z is None else z
+    hit = model.signal.hits(query)
+    if hit is not None and not hit.all():
+        seen = predict(model, code, select_queries(query, hit), z, chunk).mean
+        mean = seen.new_ones(1, len(hit), 3)
+        mean[:, hit] = seen
+        return Prediction(mean, None)
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
     step = chunk // int(per_query) // len(next(iter(code.values())))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit

@@ -292,7 +292,7 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--size", type=click.IntRange(0), default=0,
               help="Only this many signals, or sets of 16 curves.  [default: all, or 50 sets]")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.  [default: the model's]")
 @click.option("--pairs", type=click.IntRange(0), default=0,
               help="nvs: so many random (context, target) views of each object, as published.")
 @click.option("--autoregressive", is_flag=True, help="gp: the joint likelihood of the targets.")
@@ -333,7 +333,7 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
 @click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True,
               help="Pixels of the long side, or rows of a prediction in numbers.")
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.  [default: the model's]")
 @click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
 @click.option("--mask", type=click.Path(), help="image: a picture, white where INPUT is seen.")
 @click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
@@ -400,7 +400,7 @@ def write_numbers(columns: dict, out: str):
 @click.argument("source", metavar="FOLDER", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="The .npz to write.")
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views.  [default: the model's]")
 @click.option("--device", default="auto", show_default=True)
 @torch.no_grad()
 def encode_command(ckpt, source, out, tto, views, device):
