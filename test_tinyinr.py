@@ -1403,19 +1403,23 @@ def test_every_cell_learns(task, name, tmp_path):
 # ------------------------------------------------------------------------- test-time optimization
 
 
-@pytest.mark.parametrize("conv_nodes", (0, 4))
-def test_optimization_equals_a_plain_adam_loop(conv_nodes):
+@pytest.mark.parametrize("conv_nodes, n_views, refined_at, rate", [
+    (0, 2, "grid|wb.|rgb_density_fc", 2e-4), (4, 1, "grid", 1e-3),
+    (4, 2, "grid|wb.|rgb_density_fc", 4e-4)])
+def test_optimization_equals_a_plain_adam_loop(conv_nodes, n_views, refined_at, rate):
     """On every weight of a signal alone, with the mean squared error of the same random rays.
 
-    Where the field reads the views on the grid alone: cameras, maps and layers stay.
+    Where the field reads the views, cameras and maps stay; and of a lone view also the layers.
     """
     model = tiny("nvs", "transinr", conv_nodes=conv_nodes)
-    context, _ = signals("nvs", batch=2)
+    context = {k: v[:, :n_views] for k, v in signals("nvs", batch=2)[0].items()}
     code = model.encode(context)
+    first = tinyinr.optimize(model, code, context, 1)["grid"] - code["grid"]
+    assert first.abs().max() == pytest.approx(rate, rel=1e-3)  # Adam's first step
     refined = tinyinr.optimize(model, code, context, 3, lr=1e-2, targets=100)
     query, values, _ = model.signal.context_as_targets(context)
     for b in ([0], [1]):
-        one = {k: v[b].requires_grad_(not conv_nodes or k == "grid") for k, v in code.items()}
+        one = {k: v[b].requires_grad_(bool(re.fullmatch(refined_at, k))) for k, v in code.items()}
         adam = torch.optim.Adam([v for v in one.values() if v.requires_grad], 1e-2)
         for step in range(3):
             pick = torch.randperm(values.shape[1], generator=tinyinr.generator(step, 6))[:100]

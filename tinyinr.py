@@ -2359,16 +2359,19 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     """Test-time optimization: refine generated weights on the context ([1] Sec. 4.2).
 
     Adam, all signals of the batch at once, on so many random targets a step; rate (None) and number
-    (0) are the signal's. Where the field reads the views only the grid is refined, at 1e-3: other
-    weights are right for these views already, and harm the others. Returns a new code.
+    (0) are the signal's. Where the field reads a scene's views, the rate grows with their number;
+    of a lone view, which the weights meet already, only the grid is refined. Returns a new code.
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
     signal, targets = model.signal, targets or model.signal.tto_targets
     query, values, weight = signal.context_as_targets(context)
-    fixed = {k: v for k, v in code.items() if "views_map" in code and k != "grid"}
+    n_views = code["views_map"].shape[1] if "views_map" in code else 0
+    fixed = {k: v for k, v in code.items()
+             if k.startswith("views") or n_views == 1 and k != "grid"}
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
-    lr = (1e-3 if fixed else signal.tto_lr) if lr is None else lr
+    if lr is None:
+        lr = 1e-3 if n_views == 1 else signal.tto_lr * min(max(1, n_views), 8)
     optimizer = torch.optim.Adam(code.values(), lr)
     for step in range(steps):
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
