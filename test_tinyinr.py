@@ -142,8 +142,7 @@ IMAGE = dict(image_size=64, patch=8, padding=0, grid=32)
     (dict(latent_pool="y"), "latent_pool='y' is unknown; choose from context, query"),
     (dict(patch=200), "patch=200 must be at most the padded image_size=180"),
     (dict(conv_nodes=4), "conv_nodes=4 is for images and scenes with a grid; set it to 0"),
-    (dict(IMAGE, conv_nodes=48), "conv_nodes=48 must divide image_size=64, and an image's grid=32; "
-     "try 16"),
+    (dict(IMAGE, conv_nodes=5), "conv_nodes=5 has no divisor in common with image_size=64"),
     (dict(IMAGE, conv_nodes=8, padding=4), "patches that cover the image_size=64 without padding"),
     (dict(task="nvs", grid=9), "grid=9 must be a multiple of the 5 tokens along an axis; try 5")])
 def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
@@ -151,6 +150,13 @@ def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
     words = remedy.split()
     if "try" in words:
         ModelConfig(**given | {words[0].split("=")[0]: int(words[-1])})
+
+
+@pytest.mark.parametrize("task, sizes, want", [
+    ("image", {}, 32), ("image", dict(image_size=16, patch=4, grid=4), 4),
+    ("image", dict(image_size=96, grid=48), 16), ("nvs", {}, 16), ("nvs", dict(image_size=40), 8)])
+def test_convolved_parts_fit_the_image_and_its_grid(task, sizes, want):
+    assert make_config("small", task, **sizes)[0].n_parts == want
 
 
 def test_presets_are_for_the_cells_that_they_list_only():

@@ -104,7 +104,7 @@ class ModelConfig(Checked):
     padding: int = bounded(1)
     masked: bool = False  # images: the model also reads which pixels were seen
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
-    conv_nodes: int = bounded(0, 0, 256)  # images, scenes with a grid: convolved parts of a side
+    conv_nodes: int = bounded(0, 0, 256)  # images, scenes with a grid: see n_parts
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
     n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
@@ -149,17 +149,14 @@ class ModelConfig(Checked):
         if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
             raise ValueError(f"n_harmonics={self.n_harmonics} must be less than half of "
                              f"n_features={self.n_features}; try {most // 2}")
-        if n := self.conv_nodes:
-            if self.task == "gp" or not self.grid:
-                raise ValueError(f"conv_nodes={n} is for images and scenes with a grid; set it "
-                                 "to 0")
-            fits = math.gcd(n, self.image_size, self.grid if self.task == "image" else 0)
-            if n != fits or n == 1:
-                raise ValueError(f"conv_nodes={n} must divide image_size={self.image_size}, and "
-                                 f"an image's grid={self.grid}; try {fits if fits > 1 else 0}")
-            if self.task == "image" and (self.padding or self.image_size % self.patch):
-                raise ValueError(f"conv_nodes={n} needs patches that cover the image_size="
-                                 f"{self.image_size} without padding; set it to 0")
+        if (n := self.conv_nodes) and (self.task == "gp" or not self.grid):
+            raise ValueError(f"conv_nodes={n} is for images and scenes with a grid; set it to 0")
+        if n and self.n_parts < 2:
+            raise ValueError(f"conv_nodes={n} has no divisor in common with image_size="
+                             f"{self.image_size} and an image's grid={self.grid}; set it to 0")
+        if n and self.task == "image" and (self.padding or self.image_size % self.patch):
+            raise ValueError(f"conv_nodes={n} needs patches that cover the image_size="
+                             f"{self.image_size} without padding; set it to 0")
         if self.side < 1:
             raise ValueError(f"patch={self.patch} must be at most the padded image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
@@ -170,6 +167,12 @@ class ModelConfig(Checked):
     def n_patches(self) -> int:
         """Number of patches along a side of an image or view."""
         return (self.image_size + 2 * self.padding) // self.patch
+
+    @property
+    def n_parts(self) -> int:
+        """Parts along a side whose convolutions are read: conv_nodes, or what fits the sizes."""
+        grid = self.grid if self.task == "image" else 0
+        return math.gcd(self.conv_nodes, self.image_size, grid) if self.conv_nodes else 0
 
     @property
     def side(self) -> int:
@@ -1217,8 +1220,8 @@ class VoxelTokenizer(RayTokenizer):
         self.register_buffer("view_axis", view_axis, persistent=False)  # where patches lie
         self.voxel_pos = nn.Parameter(torch.randn(len(self.voxels), cfg.dim))
         self.camera, self.mirror = nn.Linear(3, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
-        self.features = nn.Linear(ConvFeatures.WIDTH, cfg.dim) if cfg.conv_nodes else None
-        parts = pixel_grid(cfg.conv_nodes, 1)[:, 0]  # where views have features
+        self.features = nn.Linear(ConvFeatures.WIDTH, cfg.dim) if cfg.n_parts else None
+        parts = pixel_grid(cfg.n_parts, 1)[:, 0]  # where views have features
         self.register_buffer("map_axis", parts, persistent=False)
 
     def forward(self, images, poses, focals, features=None):
@@ -1477,7 +1480,7 @@ class FeatureGrid:
         self.register_buffer("axis", self.signal.axis(cfg.grid), persistent=False)
         self.regression = Regression(cfg, width) if cfg.n_features else None
         self.pixels = self.views = None
-        if (n := cfg.conv_nodes) and isinstance(self.signal, Image):
+        if (n := cfg.n_parts) and isinstance(self.signal, Image):
             self.pixels = PixelNodes(3 + cfg.masked, n, cfg.image_size, cfg.grid // n, width)
         elif n:
             self.views = ViewMaps(n, cfg.image_size, width)
