@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import curves, images, pictures
-from data.evaluation import (Case, curve_cases, image_cases, mixture, pixel_values,
+from data.evaluation import (Case, curve_cases, encode_for, image_cases, mixture, pixel_values,
                              sample_curves, scene_cases)
 from data.runs import track
 from tinyinr import (WINDOW, Prediction, atomic, camera_rays, generator, look_at, mean_latents,
@@ -46,9 +46,9 @@ def view_and_depth(model, code: dict, query: dict, side: int) -> tuple[Tensor, T
     return color, ((opacity * cfg.far - depth) / (cfg.far - cfg.near)).unsqueeze(-1)
 
 
-def prediction_panels(model, case: Case) -> list[Tensor]:
+def prediction_panels(model, case: Case, tto: int = 0) -> list[Tensor]:
     """Pictures (H, W, 3) of one signal: what was seen, the truth, and the model's prediction."""
-    cfg, code, context = model.cfg, model.encode(case.context), case.context
+    cfg, code, context = model.cfg, encode_for(model, case.context, tto), case.context
     fold = lambda pixels: pixels[0].unflatten(0, (cfg.image_size,) * 2).expand(-1, -1, 3)
     truth = fold(case.target[:, 0])
     if "images" in context:

@@ -71,12 +71,13 @@ def columns(model, count: int = 6):
 
 
 def objects(model, count: int = 12):
-    """The first view, another one, it from the first and from all context views, with its depth."""
+    """The first view, another one, it from the first, from all context views, and these refined."""
     data, columns = open_data(model.cfg, None, "test"), []
     for case in scene_cases(model, data, [i * len(data) // count for i in range(count)]):
         alone = case._replace(context={k: v[:, :1] for k, v in case.context.items()})
-        one, all_of_them = (rendering.prediction_panels(model, c) for c in (alone, case))
-        columns.append([*one[:3], *all_of_them[2:]])
+        view, truth, one, _ = rendering.prediction_panels(model, alone)
+        more = (rendering.prediction_panels(model, case, tto)[2] for tto in (0, 100))
+        columns.append([view, truth, one, *more])
     return rendering.panel_grid(columns)
 
 
