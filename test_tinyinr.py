@@ -1014,7 +1014,7 @@ def test_training_rays_are_of_other_views_without_replacement_and_shared_as_offi
     cfg, recipe = configs("nvs", "transinr", augment=True, **given)
     data = scenes.SceneSet(balls(tmp_path, "01", "2"), "train", 16)  # of 4 views each
     count, shared, numbers = recipe.n_queries or 3 * 16**2, recipe.shared_rays, set()
-    for step in range(16 if recipe.more_views else 4):
+    for step in range(16 if recipe.more_views else 5):
         context, query, color = next(tinyinr.scene_batches(cfg, recipe, data, start=step))
         o, d = query["rays_o"], query["rays_d"]
         near = torch.linalg.cross(o, d).norm(dim=-1) / d.norm(dim=-1)  # distance of ray and origin

@@ -1967,11 +1967,11 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     """
     n, (height, width) = len(data.counts), data.images.shape[-2:]
     counts = data.counts.clamp(max=recipe.train_views or 2**20)
-    first, odds = data.counts.cumsum(0) - data.counts, None
+    first, fewest, odds = data.counts.cumsum(0) - data.counts, int(counts.min()), None
     if recipe.balance:
         odds = torch.tensor([data.labels.count(c) ** -recipe.balance for c in data.labels])
     for step in itertools.count(start):
-        gens, fewest = signal_generators(recipe, step), int(counts.min())
+        gens = signal_generators(recipe, step)
         more = torch.randint(-recipe.more_views, recipe.more_views + 1, (),
                              generator=generator(recipe.seed, step, 16))
         seen = min(cfg.n_views + max(0, int(more)), fewest - 1)  # context views of this step
