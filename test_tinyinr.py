@@ -1565,6 +1565,24 @@ def test_a_scene_is_rendered_from_given_cameras_and_all_around(tmp_path):
     assert Image.open(tmp_path / "t.gif").n_frames == 36
 
 
+def test_an_object_is_read_from_as_many_views_as_were_trained_on_spread_around_it(tmp_path):
+    eyes = torch.tensor([4.0, 0, 0]) + torch.tensor([[0.0], [1], [1], [9], [5]])
+    assert scenes.spread_views(torch.stack([eyes] * 4, -1), 5) == [0, 3, 4, 1, 2]
+    model = tiny("nvs", "transinr")
+    views = scenes.read_scene(*scenes.find_scene(balls(tmp_path, "a") / "balls/a"), 16)
+    for more, given, n in ((2, (), 3), (9, (), 4), (9, ("--views", 2), 2), ("x", (), 1)):
+        tinyinr.save(model, tmp_path / "c.pt", recipe={"more_views": more})
+        run("render", tmp_path / "c.pt", tmp_path / "balls/a", "-o", tmp_path / "c.npz",
+            "--size", 2, "--pose", tmp_path / "balls/a/transforms.json", *given)
+        picked = scenes.spread_views(views.poses, n)
+        assert picked[:2] == [0, 2][:n]  # opposite
+        want = model.encode({k: getattr(views, k)[None, picked] / (255 if k == "images" else 1)
+                             for k in ("images", "poses", "focals")})
+        for name, w in np.load(tmp_path / "c.npz").items():
+            if name != "pixels":
+                close(torch.from_numpy(w), want[name])
+
+
 def test_a_prediction_of_a_table_is_written_in_its_units(tmp_path):
     tinyinr.save(model := tiny("gp", "vnp"), tmp_path / "c.pt")
     (tmp_path / "t.csv").write_text("day;price, 円\n10;100\n20;300\n30;200\n", "utf-8")

@@ -326,6 +326,13 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
     return model
 
 
+def trained_views(ckpt, cfg) -> int:
+    """The most context views of a scene that a checkpoint's model has met in training."""
+    recipe = read_checkpoint(ckpt).get("recipe")
+    more = recipe.get("more_views") if isinstance(recipe, dict) else 0
+    return cfg.n_views + (more if isinstance(more, int) else 0)
+
+
 @cli.command("render")
 @click.argument("ckpt", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path())
@@ -333,7 +340,8 @@ def load_for(ckpt, device: Device, views=None) -> nn.Module:
 @click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True,
               help="Pixels of the long side, or rows of a prediction in numbers.")
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
-@click.option("--views", type=click.IntRange(1), help="nvs: context views.  [default: the model's]")
+@click.option("--views", type=click.IntRange(1), help="nvs: context views, spread around the "
+              "object.  [default: up to the number that the model is trained on]")
 @click.option("--pose", type=click.Path(), help="nvs: a transforms.json with the cameras to use.")
 @click.option("--mask", type=click.Path(), help="image: a picture, white where INPUT is seen.")
 @click.option("--columns", help="gp: columns x,y of a table, by name or number from 1.")
@@ -347,9 +355,9 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
     without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
     prediction, which .csv holds, too.
     """
-    model, suffix = load_for(ckpt, choose_device(device), views), Path(out).suffix
+    model, suffix = load(ckpt, choose_device(device).name), Path(out).suffix
     cfg, code = model.cfg, {}
-    check_options(cfg, tto=tto, pose=pose, mask=mask, columns=columns)
+    check_options(cfg, tto=tto, views=views, pose=pose, mask=mask, columns=columns)
     check_output(out, ckpt, source, folder=cfg.task == "nvs")
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
     if not numbers:  # a name that cannot be written is refused before the work
@@ -371,7 +379,10 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
                  scenes.read_scene(*scenes.find_scene(source), cfg.image_size))
         click.echo(scene.note, nl=bool(scene.note))
         cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
-        code = encode_for(model, scene_context(model, scene), tto)
+        n = views or min(trained_views(ckpt, cfg), len(scene.images))
+        if not views and n < len(scene.images):
+            click.echo(f"reading {n} of {len(scene.images)} views; --views takes more or fewer")
+        code = encode_for(model, scene_context(model, scene, n), tto)
         drawn = render_scene(model, code, *cameras, size)
     if numbers:
         write_numbers(drawn if cfg.task == "gp" else {"pixels": drawn} | code, out)

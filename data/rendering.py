@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import curves, images, pictures
+from data import curves, images, pictures, scenes
 from data.evaluation import (Case, curve_cases, encode_for, image_cases, mixture, pixel_values,
                              sample_curves, scene_cases)
 from data.runs import track
@@ -206,14 +206,18 @@ def render_image(model, code: dict, height: int, width: int):
     return np.concatenate(parts)
 
 
-def scene_context(model, scene) -> dict:
-    """The first views of a scene, as many as a model reads. Errors: ValueError if it has fewer."""
-    n = model.cfg.n_views
+def scene_context(model, scene, n: int = 0) -> dict:
+    """n views of a scene, spread around it; 0: as many as a model reads.
+
+    Errors: ValueError if it has fewer.
+    """
+    n = n or model.cfg.n_views
     if len(scene.images) < n:
         raise ValueError(f"{len(scene.images)} views, but this model reads {n}; give more, or "
                          "take a model with fewer --views")
-    context = {"images": scene.images[None, :n] / 255, "poses": scene.poses[None, :n],
-               "focals": scene.focals[None, :n]}
+    views = scenes.spread_views(scene.poses, n)
+    context = {"images": scene.images[None, views] / 255, "poses": scene.poses[None, views],
+               "focals": scene.focals[None, views]}
     return to_device(context, model.freqs.device)
 
 

@@ -349,6 +349,17 @@ def find_scene(source) -> tuple[Tree, str]:
     return tree, found[0] if len(found) == 1 else name
 
 
+def spread_views(poses, n: int) -> list[int]:
+    """n of the cameras (V, 3, 4): the first one, then always the farthest from those chosen."""
+    apart = torch.cdist(poses[..., 3], poses[..., 3])  # (V, V)
+    chosen = [0]
+    while len(chosen) < n:
+        nearest = apart[chosen].amin(0)
+        nearest[chosen] = -1.0
+        chosen.append(int(nearest.argmax()))
+    return chosen
+
+
 def photo_scene(path, size: int, angle: float = 0.52) -> Scene:
     """One photo of an object, on white or transparent, as seen by a default camera.
 
