@@ -35,10 +35,10 @@ from torch import Tensor
 
 import tinyinr
 from data import page as pages
-from data.commands import Command
+from data.commands import Command, trained_views
 from data.evaluation import open_data, score, write_json
-from data.onnx_graph import (IO, Portable, expand_linalg, name_values, require_one_batch,
-                             share_initializers, store_half)
+from data.onnx_graph import (IO, Portable, expand_linalg, name_dimensions, name_values,
+                             require_equal_sizes, share_initializers, store_half)
 from tinyinr import ModelConfig, RunFailed
 
 TOLERANCE = 1e-4  # largest error against PyTorch, relative where values exceed 1
@@ -47,16 +47,19 @@ IR_VERSION = {18: 8, 20: 9}  # the oldest file format of an opset: onnxruntime f
 
 # ------------------------------------------------------------------------- what goes in and out
 
-CONVENTIONS = (
-    "Colors are RGB in [0, 1], pictures have their first row on top. A coordinate of an image is "
-    "(row, column) in (-1, 1): the centre of pixel i of n is at (i + 0.5) * 2 / n - 1. A pose is "
-    "camera-to-world (3, 4): x right, y up, the camera looks along -z (OpenGL); focals are in "
-    "pixels. The ray through pixel (i, j) of H x W: rays_o = pose[:, 3], rays_d = pose[:, :3] @ "
-    "((j + 0.5 - W / 2) / focal_x, -(i + 0.5 - H / 2) / focal_y, -1), not normalised.")
+COLORS = "Colors are RGB in [0, 1], pictures have their first row on top. "
+CONVENTIONS = {
+    "image": COLORS + "A coordinate is (row, column) in (-1, 1): the centre of pixel i of n is at "
+             "(i + 0.5) * 2 / n - 1.",
+    "nvs": COLORS + "A pose is camera-to-world (3, 4): x right, y up, the camera looks along -z "
+           "(OpenGL); focals are in pixels. The ray through pixel (i, j) of H x W: rays_o = "
+           "pose[:, 3], rays_d = pose[:, :3] @ ((j + 0.5 - W / 2) / focal_x, "
+           "-(i + 0.5 - H / 2) / focal_y, -1), not normalised.",
+    "gp": "Values of a point are independent given the code: each has a mean and a std."}
 
 MEANING = {  # of inputs and outputs, by name or what it begins with; the rest are layers of an INR
     "image": "picture to encode",
-    "mask": "1: observed, 0: not",
+    "mask": "1: observed, 0: not, and what stands there is not read",
     "images": "context views, on white",
     "poses": "cameras of the views",
     "focals": "focal lengths (x, y) of the views",
@@ -65,13 +68,14 @@ MEANING = {  # of inputs and outputs, by name or what it begins with; the rest a
     "query": "positions where the curve is wanted",
     "coords": "where the image is wanted",
     "rays": "rays along which the scene is wanted: origins or directions",
-    "near": "depth at which rays begin",
-    "far": "depth at which rays end",
+    "near": "a ray is drawn from rays_o + near rays_d on",
+    "far": "up to rays_o + far rays_d",
     "eps": "unit Gaussian noise of the latents; zeros: the prior's mean",
     "tokens": "what the context has become",
     "grid": "feature grid that the field reads, interpolated: its nodes, the last axis fastest",
     "views": "feature maps of the context views and their cameras, where the field reads them",
-    "posterior": "regression of a curve: mean of the weights, then a root of their covariance",
+    "posterior": "regression of a curve: in row 0 the mean of the weights, then a root of their "
+                 "covariance; a draw has row 0 + e @ the others, e unit Gaussian, in row 0, then 0",
     "scale": "regression of a curve: of the noise",
     "pool": "positions, or their weights, over which the prior of the latents is pooled",
     "mean": "values wanted; colors are not clamped",
@@ -86,31 +90,38 @@ def tensors(shapes: dict[str, tuple]) -> dict[str, dict]:
     return {k: {"shape": shape, "meaning": meaning(k)} for k, shape in shapes.items()}
 
 
-def notes(cfg: ModelConfig) -> list[str]:
+def notes(cfg: ModelConfig, most_views: int) -> list[str]:
     """What the graphs fix, and what a caller could get wrong."""
-    side = cfg.image_size
-    lines = {
-        "image": [f"static: the context has {side} x {side} pixels, each patch a learned position"],
-        "nvs": [f"static: {cfg.points_per_ray} points per ray",
-                f"static: views have {side} x {side} pixels, each patch a learned position"
-                if cfg.grid else
-                f"views may have any size; trained with {side} x {side} pixels",
-                f"trained with near={cfg.near:g} and far={cfg.far:g}"],
-        "gp": ["trained on x in [-2, 2] and y of mean 0 and std about 0.5: standardise your data",
-               "mask 0 pads contexts to one length"],
-    }[cfg.task]
-    if cfg.task == "nvs" and cfg.grid:
-        lines.append("the object lies in the unit sphere, beyond it is nothing; trained with "
-                     "cameras about 4 from its middle")
-    if cfg.model == "vnp":
-        lines.append("latents are pooled over the rays of a call: render a picture in one call"
-                     if cfg.latent_pool == "query" else
-                     "with the same eps a picture does not depend on how it is cut into calls")
-    return lines + [
-        "all inputs of a call have the same batch",
-        "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] give nonsense",
-        "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB",
-        "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on"]
+    image, scene, curve = (cfg.task == task for task in ("image", "nvs", "gp"))
+    side, vnp, sphere = cfg.image_size, cfg.model == "vnp", scene and cfg.grid
+    return [note for note, holds in {
+        f"static: the context has {side} x {side} pixels, each patch a learned position": image,
+        "the context is the whole photo, squeezed to a square by Pillow's BILINEAR": image,
+        "a pixel is the mean of the function over its area: draw pictures of less than "
+        f"{4 * side} pixels a side larger and reduce them": image and cfg.grid,
+        f"static: {cfg.points_per_ray} points per ray": scene,
+        f"static: views have {side} x {side} pixels, each patch a learned position": sphere,
+        f"views may have any size; trained with {side} x {side} pixels": scene and not cfg.grid,
+        f"trained with near={cfg.near:g}, far={cfg.far:g} and up to {most_views} views": scene,
+        "the object lies in the unit sphere, beyond it is nothing: near=0 and far=1000 draw all "
+        "of it; trained with cameras about 4 from its middle, the world's z up, and objects most "
+        "of which are symmetric about x = 0": sphere,
+        "a photo without a camera is as if taken from -y, 20 degrees above, at a distance of 4 "
+        f"and with a focal length of {1.88 * side:.1f} pixels": scene,
+        "trained on x in [-2, 2] and y of mean 0 and std about 0.5: standardise your data": curve,
+        "mask 0 pads contexts to one length": curve,
+        "a std is given eps; over draws of eps: root of mean(std^2) + var(mean)": vnp and not scene,
+        "latents are pooled over the rays of a call: render a picture in one call":
+            vnp and cfg.latent_pool == "query",
+        "with the same eps a value does not depend on how queries are cut into calls":
+            vnp and cfg.latent_pool == "context",
+        "all inputs of a call have the same batch": True,
+        "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] nonsense": True,
+        "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB":
+            not sphere,
+        "decode in calls of about 512 rays: as fast as more, with 150 MB for 4 views; the memory "
+        "grows with rays x views": sphere,
+        "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on": True}.items() if holds]
 
 
 def context_shapes(cfg: ModelConfig) -> dict[str, tuple]:
@@ -225,7 +236,7 @@ class Graph(nn.Module):
 
 
 def lower(graph: Graph, opset: int) -> onnx.ModelProto:
-    """The graph in ONNX, free of stack traces and paths. Errors: RunFailed if a wish isn't met.
+    """The graph in ONNX, free of stack traces and paths. Errors: RunFailed or ValueError.
 
     PyTorch traces twice where the model has the len() of a tensor, which makes a batch static.
     """
@@ -250,29 +261,17 @@ def lower(graph: Graph, opset: int) -> onnx.ModelProto:
         thing.ClearField("metadata_props")
     body.ClearField("value_info")
     share_initializers(body)
-    if "batch" in words(graph.inputs):
-        require_one_batch(body, graph.inputs)
+    require_equal_sizes(body, graph.inputs)
     proto.ir_version = IR_VERSION[opset]
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
-def name_dimensions(values, shapes: dict[str, tuple]):
-    """Name the free dimensions of inputs or outputs. Errors: RunFailed where one became static."""
-    for value, (name, shape) in zip(values, shapes.items(), strict=True):
-        dims = value.type.tensor_type.shape.dim
-        for d, n in zip(dims, shape, strict=True):
-            if (0 if isinstance(n, str) else n) != d.dim_value:
-                raise RunFailed(f"{name} came out as {[d.dim_param or d.dim_value for d in dims]}, "
-                                f"not as {list(shape)}")
-            if isinstance(n, str):
-                d.dim_param = n
-
-
-def describe(cfg: ModelConfig, opset: int, sha256: str) -> dict:
+def describe(cfg: ModelConfig, most_views: int, opset: int, sha256: str) -> dict:
     """What a reader of the files has to know."""
     return {
         "task": cfg.task, "model": cfg.model, "near": cfg.near, "far": cfg.far, "opset": opset,
-        "config": asdict(cfg), "conventions": CONVENTIONS, "notes": notes(cfg),
+        "config": asdict(cfg), "conventions": CONVENTIONS[cfg.task],
+        "notes": notes(cfg, most_views),
         "ir_version": IR_VERSION[opset], "checkpoint_sha256": sha256,
         "versions": {m.__name__: m.__version__ for m in (torch, onnx, onnxscript)}}
 
@@ -416,13 +415,14 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
         raise ValueError(f"{stem.parent}: no such folder; create it or choose another --out")
     if sidecar.exists() and "checkpoint_sha256" not in sidecar.read_text():
         raise ValueError(f"{sidecar}: is there and no export wrote it; choose another --out")
-    about = describe(cfg, int(opset), hashlib.sha256(ckpt.read_bytes()).hexdigest())
+    about = describe(cfg, trained_views(ckpt, cfg), int(opset),
+                     hashlib.sha256(ckpt.read_bytes()).hexdigest())
     click.echo(f"{cfg.model} on {cfg.task}, opset {opset}\n  " + "\n  ".join(about["notes"]))
     if fp16:
         before, _, after = quality(model), round_weights(model), quality(model)
         kind = "LL" if cfg.task == "gp" else "PSNR"
-        lost = (f"matrices are stored in half precision: {kind} on bundled signals {after:.4f}, "
-                f"with the checkpoint's weights {before:.4f}")
+        lost = (f"matrices are stored in half precision: {kind} of a few test signals of all kinds "
+                f"{after:.4f}, with the checkpoint's weights {before:.4f}")
         about["notes"].append(lost)
         click.echo(f"  {lost}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=stem.parent) as folder:
@@ -432,7 +432,7 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
             files[part] = write(Graph(model, part, static), path, about, fp16)
         write_json(Path(folder, sidecar.name), about | {"files": files})
         if page:
-            example = open_data(cfg, None, "test", limit=1)
+            example = None if cfg.task == "gp" else open_data(cfg, None, "test", limit=1)
             pages.write(Path(folder, f"{stem.name}.html"), cfg, example, ort)
         for path in sorted(Path(folder).iterdir()):
             size = path.stat().st_size / 1e6

@@ -14,6 +14,7 @@ the context, in one forward pass, and return the function itself:
 
 Shapes:  B batch   V views    H, W image   N context points   M targets       K points of the field
          T tokens  D width    R rays       P points per ray   L latent blocks Z latent width
+         (of a curve's x, y and predictions D is the number of values)
 
 task   context                                                query                     mean
 image  image (B, 3, H, W); mask (B, 1, H, W), 1 = seen        coords (B, M, 2)          (B, M, 3)
@@ -48,6 +49,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ------------------------------------------------------------------------- config and presets
@@ -140,10 +142,10 @@ class ModelConfig(Checked):
                 raise ValueError(f"{name}={a} must divide {of}={b}; try {math.gcd(a, b)}")
         if not self.near < self.far:
             raise ValueError(f"near={self.near} must be below far={self.far}")
-        padded = self.image_size + 2 * self.padding
-        if self.task == "nvs" and self.grid and padded < 2 * self.patch:  # two patches an axis
-            raise ValueError(f"patch={self.patch} must be at most half of the padded image_size="
-                             f"{padded} where scenes have a grid")
+        padded, two = self.image_size + 2 * self.padding, self.task == "nvs" and self.grid > 0
+        if self.task != "gp" and self.n_patches < 1 + two:  # a grid interpolates views' patches
+            raise ValueError(f"patch={self.patch} must be at most {'half of ' * two}the padded "
+                             f"image_size={padded}")
         if self.n_features and not (self.task == "gp" and self.grid):
             raise ValueError(f"n_features={self.n_features} is for curves with a grid; set it to 0")
         if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
@@ -157,8 +159,6 @@ class ModelConfig(Checked):
         if n and self.task == "image" and (self.padding or self.image_size % self.patch):
             raise ValueError(f"conv_nodes={n} needs patches that cover the image_size="
                              f"{self.image_size} without padding; set it to 0")
-        if self.side < 1:
-            raise ValueError(f"patch={self.patch} must be at most the padded image_size={padded}")
         if self.grid and (self.grid < 2 or self.grid % self.side):
             raise ValueError(f"grid={self.grid} must be a multiple of the {self.side} tokens along "
                              f"an axis; try {max(2, self.side) if self.side <= 256 else 0}")
@@ -170,7 +170,8 @@ class ModelConfig(Checked):
 
     @property
     def n_parts(self) -> int:
-        """Parts along a side whose convolutions are read: conv_nodes, or what fits the sizes."""
+        """Parts along a side that convolutions read: the greatest common divisor of conv_nodes,
+        image_size and an image's grid; 0: none."""
         grid = self.grid if self.task == "image" else 0
         return math.gcd(self.conv_nodes, self.image_size, grid) if self.conv_nodes else 0
 
@@ -223,7 +224,7 @@ class TrainConfig(Checked):
     augment: bool = False  # scenes: mirror them and permute their colors
     balance: float = bounded(0.0, 0, 1)  # scenes: a class of n objects is drawn as n^(1 - balance)
     shared_rays: bool = False  # scenes: the same pixels and jitter for the whole batch, as in [1]
-    more_views: int = bounded(0, 0, 1024)  # scenes: 3 of 7 steps have up to so many more
+    more_views: int = bounded(0, 0, 1024)  # scenes: n of 2 n + 1 steps have 1 to n more
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all", "series")  # of curves in training
@@ -349,11 +350,6 @@ def sample_depths(rays_o: Tensor, near, far, n_points: int, jitter=None) -> Tens
     return z_vals + torch.zeros_like(rays_o[..., :1])  # of every ray and signal
 
 
-def to_fp64(x: Tensor) -> Tensor:
-    """x in fp64, or in fp32 on a device that has none."""
-    return x.double() if x.device.type != "mps" else to_fp32(x)
-
-
 def under_autocast(x: Tensor) -> bool:
     """Whether matrix products on x's device are cast; tensors without data have no autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
@@ -398,18 +394,14 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def attend(q, k, v, n_heads: int, bias: Tensor | None = None, fused: bool = True) -> Tensor:
+def attend(q, k, v, n_heads: int, bias: Tensor | None = None) -> Tensor:
     """Multi-head attention of queries (B, M, E) over keys and values (B, T, E): (B, M, E).
 
-    bias (n_heads, M, T) is added to the logits. fused: by a kernel without a second derivative.
+    bias (n_heads, M, T) is added to the logits.
     """
     q, k, v = (t.unflatten(-1, (n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, ., E/h)
-    if fused:
-        bias = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    else:
-        out = (q @ k.mT * q.shape[-1] ** -0.5 + (0 if bias is None else bias)).softmax(-1) @ v
-    return out.transpose(1, 2).flatten(2)
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -443,9 +435,9 @@ class CrossBlock(nn.Module):
         for layer in (self.q, self.kv, self.out):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, f, e, tokens, fused=True):  # features, embedded coordinates (B, K, D)
+    def forward(self, f, e, tokens):  # features, embedded coordinates (B, K, D)
         k, v = self.kv(tokens).chunk(2, -1)  # (B, T, D)
-        f = self.norm1(f + self.out(attend(self.q(f + e), k, v, self.n_heads, fused=fused)))
+        f = self.norm1(f + self.out(attend(self.q(f + e), k, v, self.n_heads)))
         return self.norm2(f + self.ff(f))
 
 
@@ -545,7 +537,7 @@ class Prediction(NamedTuple):
 def log_likelihood(prediction: Prediction, target: Tensor) -> Tensor:
     """Gaussian log density of every value, of the targets' shape, in fp32."""
     mean, std = prediction.mean.float(), prediction.std.float()
-    return -0.5 * ((target - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return Normal(mean, std, validate_args=False).log_prob(target)
 
 
 class Signal:
@@ -643,6 +635,11 @@ class Scene(Signal):
     coord_dim, value_dim, field_dim, has_std = 3, 3, 4, False
     last_layer, pool_side = "rgb_density_fc", 4
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """near and far of queries without them."""
+        return {"near": self.cfg.near, "far": self.cfg.far}
+
     def tokenizer(self):
         return RayTokenizer(self.cfg.dim, self.cfg.patch, self.cfg.padding)
 
@@ -651,7 +648,7 @@ class Scene(Signal):
 
     def depth_range(self, query) -> tuple[Tensor, Tensor]:
         """Depths where rays begin and end, both broadcast to (B, R, 1)."""
-        return tuple(torch.as_tensor(query.get(k, getattr(self.cfg, k))).to(query["rays_o"])
+        return tuple(torch.as_tensor(query.get(k, self.limits[k])).to(query["rays_o"])
                      .reshape(-1, 1, 1) for k in ("near", "far"))
 
     def points(self, query):
@@ -743,7 +740,7 @@ class Model(nn.Module):
         self.register_buffer("freqs", frequencies(cfg.n_freqs, cfg.freq_top), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """A cast to half precision leaves the frequencies and a grid's axis in fp32."""
+        """A cast to half precision leaves the frequencies and the grid's axis in fp32."""
         before = {k: b for k, b in self.named_buffers() if k in ("freqs", "axis")}
         super()._apply(fn, recurse)
         for k, exact in before.items():
@@ -873,19 +870,6 @@ class ModLinear(nn.Module):
         return x if self.bias is None else F.leaky_relu(x + self.bias, 0.2) * math.sqrt(2)
 
 
-class Gaussian(NamedTuple):
-    """A diagonal normal distribution of a latent, both (B, 1, Z)."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def kl_divergence(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q || p) summed over the latent's dimensions, (B,)."""
-    ratio, shift = (q.std / p.std).square(), ((q.mean - p.mean) / p.std).square()
-    return 0.5 * (ratio + shift - 1 - ratio.log()).sum((1, 2))
-
-
 class LatentBlock(nn.Module):
     """One modulated MLP block with its own global latent ([2] Sec. 3.3).
 
@@ -908,10 +892,10 @@ class LatentBlock(nn.Module):
         f = f + self.unmod(torch.cat((e.expand_as(f), f), -1))
         return f + self.mod2(self.mod1(f, style), style)
 
-    def distribution(self, value, target=None, weight=None) -> Gaussian:
+    def distribution(self, value, target=None, weight=None) -> Normal:
         """Prior from values (..., B, M, C), or posterior from them and the true ones, in fp32.
 
-        weight (B, M, 1): which of the set count in its mean, None: all; that of no values is 0.
+        weight (B, M, 1): which of the set count in its mean, None: all; that of an empty set is 0.
         """
         x = value if target is None else torch.cat((value, target), -1)
         set_mlp, out_mlp = (self.prior_in, self.prior_out) if target is None else (
@@ -920,7 +904,7 @@ class LatentBlock(nn.Module):
         weight = torch.ones_like(h[..., :1]) if weight is None else weight.to(h.dtype)
         h = (h * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
         mean, s = to_fp32(out_mlp(h)).chunk(2, -1)
-        return Gaussian(mean, 0.1 + 0.9 * torch.sigmoid(s))
+        return Normal(mean, 0.1 + 0.9 * torch.sigmoid(s), validate_args=False)
 
 
 class VNP(Model):
@@ -984,8 +968,10 @@ class VNP(Model):
         x = positional_encoding(points, self.freqs, self.signal.angle_scale).to(tokens.dtype)
         e = self.embed(x).expand(tokens.shape[0], -1, -1)
         f = self.initial_features(code, points, e)
-        for block in self.cross:  # plain attention where a caller may ask for second derivatives
-            f = block(f, e, tokens, fused=not points.requires_grad)
+        # plain attention where a caller may ask for second derivatives: fused kernels have none
+        with sdpa_kernel(SDPBackend.MATH) if points.requires_grad else contextlib.nullcontext():
+            for block in self.cross:
+                f = block(f, e, tokens)
         return self.enhance(f), e
 
     def initial_features(self, code, points, e) -> Tensor:
@@ -1012,8 +998,8 @@ class VNP(Model):
             latent = prior = block.distribution(values[0], weight=weight)
             if target is not None:
                 latent = block.distribution(values[-1], target, seen)
-                kl = kl + kl_divergence(latent, prior)
-            zs.append(latent.mean if eps is None else latent.mean + latent.std * eps[i])
+                kl = kl + kl_divergence(latent, prior).sum((1, 2))
+            zs.append(latent.mean if eps is None else latent.mean + latent.stddev * eps[i])
             f = block(f, e, zs[-1])
         return torch.stack(zs), kl, f.split(sizes, -2)[-1], *sets[-1]
 
@@ -1089,8 +1075,6 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
 
 def upsample(tokens: Tensor, side: int, factor: int, dim: int) -> Tensor:
     """Tokens (B, side^dim, factor^dim D) -> nodes (B, (side factor)^dim, D)."""
-    if factor == 1:
-        return tokens
     x = tokens.unflatten(-1, (*[factor] * dim, -1)).unflatten(1, [side] * dim)
     order = [i for axis in range(dim) for i in (1 + axis, 1 + dim + axis)]  # interleaved
     return x.permute(0, *order, -1).flatten(1, -2)
@@ -1133,40 +1117,27 @@ def over_views(x: Tensor) -> Tensor:
 
 
 class ConvFeatures(nn.Module):
-    """Images (B, C, S, S) -> features of n x n equal parts of each, (B, n^2, WIDTH).
+    """Images (B, C, S, S) -> features of n x n equal parts of each, (B, n^2, WIDTH or `out`).
 
-    A linear map of a part's pixels, then residual convolutions over the parts around.
+    A linear map of a part's pixels, then residual convolutions over the parts around (as in LIIF,
+    Chen et al., 2021), and one more linear map, to `out` channels.
     """
 
     WIDTH = 64
 
-    def __init__(self, channels: int, n: int, image_size: int):
+    def __init__(self, channels: int, n: int, image_size: int, out: int = 0):
         super().__init__()
         width, patch = self.WIDTH, image_size // n
         self.parts = nn.Conv2d(channels, width, patch, patch)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d)
                                    for d in (1, 2))
+        self.head = nn.Linear(width, out) if out else nn.Identity()
 
     def forward(self, images):
         x = self.parts((4 * images - 2).to(self.parts.weight.dtype))
         for conv in self.convs:
             x = x + conv(F.gelu(x))
-        return x.flatten(2).mT
-
-
-class PixelNodes(ConvFeatures):
-    """What an image's pixels add to the nodes of its grid (as in LIIF, Chen et al., 2021).
-
-    Images (B, C, S, S) -> (B, (n factor)^2, width): factor x factor nodes for each of n x n parts.
-    """
-
-    def __init__(self, channels: int, n: int, image_size: int, factor: int, width: int):
-        super().__init__(channels, n, image_size)
-        self.n, self.factor = n, factor
-        self.head = nn.Linear(self.WIDTH, width * factor**2)
-
-    def forward(self, images):
-        return upsample(self.head(super().forward(images)), self.n, self.factor, 2)
+        return self.head(x.flatten(2).mT)
 
 
 class ViewMaps(nn.Module):
@@ -1185,14 +1156,6 @@ class ViewMaps(nn.Module):
         for p in self.head.parameters():
             nn.init.zeros_(p)
         self.register_buffer("axis", pixel_grid(n, 1)[:, 0], persistent=False)
-
-    def features(self, images):
-        """Features of views (B, V, 3, S, S): (B, V, n^2, WIDTH)."""
-        return F.gelu(self.conv(images.flatten(0, 1))).unflatten(0, images.shape[:2])
-
-    def maps(self, features):
-        """The two maps of every view, (B, V, 2, n^2, width)."""
-        return self.head(features).unflatten(-1, (2, -1)).transpose(2, 3)
 
     def read(self, code, points):
         """The sum of both maps, over views, at points (B or 1, K, 3), (B, K, width)."""
@@ -1306,6 +1269,7 @@ class GridScene(Scene):
     """
 
     tto_lr = 2e-4
+    limits = {"near": 0.0, "far": math.inf}  # the sphere limits rays
 
     def axis(self, n):  # the interpolation ends where the sphere does
         return torch.linspace(-1, 1, n + 2)[1:-1]
@@ -1339,7 +1303,8 @@ class GridScene(Scene):
 class GridCurve(Curve):
     """A curve with a feature grid; a prior is averaged over every fourth token's place.
 
-    With a regression the field gives the std alone; mean, std and variance make the prediction.
+    With a regression the field gives a raw std alone; `Regression.add` puts a mean and a variance
+    beside it.
     """
 
     @property
@@ -1413,9 +1378,10 @@ class Regression(nn.Module):
         """
         with no_autocast(x):
             phi, noise = self.features(x, *grid)
-            noise, y, mask = (to_fp64(v).mT.unsqueeze(-1) for v in (noise, y, mask))  # (B, D, N, 1)
+            exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
+            noise, y, mask = (v.to(exact).mT.unsqueeze(-1) for v in (noise, y, mask))
             weight, nu, count = mask / noise, self.log_nu.exp(), mask.sum(-2, keepdim=True)
-            rows, known = to_fp64(phi).unsqueeze(1) * weight, y * weight  # (B, D, N, F or 1)
+            rows, known = phi.to(exact).unsqueeze(1) * weight, y * weight  # (B, D, N, F or 1)
             gram, moment = rows.mT @ rows, rows.mT @ known
             energy = known.square().sum(-2, keepdim=True)  # (B, D, 1, 1)
             space = gram, moment, energy  # a graph has a fixed number of features, not of values
@@ -1458,7 +1424,8 @@ class Regression(nn.Module):
             phi, noise = self.features(x, *grid)
             values = phi.unsqueeze(1) @ posterior.mT  # (B, D, K, 1 + F)
             mean, var = values[..., 0].mT, values[..., 1:].square().sum(-1).mT  # (B, K, D)
-            var = var + (scale * noise).square()
+            beyond = (x.abs() - 2).clamp(min=0)  # the range of x, where the std may be anything
+            var = var + (scale * noise).square() + beyond.square()
             return torch.cat((mean.expand_as(raw), to_fp32(raw), var.expand_as(raw)), -1)
 
 
@@ -1481,39 +1448,43 @@ class FeatureGrid:
         self.regression = Regression(cfg, width) if cfg.n_features else None
         self.pixels = self.views = None
         if (n := cfg.n_parts) and isinstance(self.signal, Image):
-            self.pixels = PixelNodes(3 + cfg.masked, n, cfg.image_size, cfg.grid // n, width)
+            out = width * (cfg.grid // n) ** 2  # of as many nodes for every part
+            self.pixels = ConvFeatures(3 + cfg.masked, n, cfg.image_size, out)
         elif n:
             self.views = ViewMaps(n, cfg.image_size, width)
 
     def generate_nodes(self, tokens: Tensor, context: dict) -> Tensor:
         """Tokens (B, side^C, D) -> nodes (B, n^C, width), of images with what their pixels add."""
         nodes = upsample(self.grid_head(tokens), self.cfg.side, self.factor, self.signal.coord_dim)
-        return nodes + self.pixels(*self.signal.inputs(context)) if self.pixels else nodes
+        if self.pixels:
+            n, features = self.cfg.n_parts, self.pixels(*self.signal.inputs(context))
+            nodes = nodes + upsample(features, n, self.cfg.grid // n, 2)
+        return nodes
 
     def nodes(self, code: dict) -> Tensor:
         """The grid (B, n^C, width): an entry of the code, or the tokens as they are."""
         return code["grid"] if "grid" in code else code["tokens"]
 
-    def interpolate(self, code, points):
+    def initial_features(self, code, points, e=None):
         """What grid and views hold at points (B or 1, K, .), (B, K, width)."""
         out = interpolate(self.nodes(code), points, self.axis)
         return out + self.views.read(code, points) if self.views else out
 
-    def with_features(self, context):
-        """The context, of scenes with the features of its views."""
-        if self.views:
-            context = context | {"features": self.views.features(context["images"])}
-        return context
-
-    def observe(self, code, context):
-        """The code with what else the field reads.
+    def encode(self, context):
+        """The model's code and grid, and what else the field reads.
 
         Of a curve the regression's `posterior` (B, D, 1 + F, F) and `scale`; of scenes the views'
         cameras and `views_map` (B, V, 2, n^2, width): for points and for their mirror images.
         """
         if self.views:
-            maps = self.views.maps(context["features"]).to(next(iter(code.values())).dtype)
-            code |= {"views_map": maps} | {f"views_{k}": context[k] for k in ("poses", "focals")}
+            images = context["images"]  # (B, V, 3, S, S) -> features (B, V, n^2, WIDTH)
+            features = F.gelu(self.views.conv(images.flatten(0, 1))).unflatten(0, images.shape[:2])
+            context = context | {"features": features}
+        code = self.code_and_grid(context)
+        if self.views:
+            maps = self.views.head(features).unflatten(-1, (2, -1)).transpose(2, 3)
+            code["views_map"] = maps.to(next(iter(code.values())).dtype)
+            code |= {f"views_{k}": context[k] for k in ("poses", "focals")}
         if self.regression:
             code["posterior"], code["scale"] = self.regression.fit(
                 *self.signal.inputs(context), self.nodes(code), self.axis, self.freqs)
@@ -1522,7 +1493,8 @@ class FeatureGrid:
     def draw(self, code: dict, eps: Tensor) -> dict:
         """The code of a curve drawn from the posterior, by unit Gaussian noise eps (B, D, 1, F).
 
-        The std that it decodes to is that of the noise alone. ValueError without a regression.
+        What it decodes to has a std without the posterior's variance. ValueError where the model
+        has no regression.
         """
         if not self.regression:
             raise ValueError(f"n_features={self.cfg.n_features}: no regression to draw curves from")
@@ -1541,7 +1513,7 @@ class GridTransINR(FeatureGrid, TransINR):
     """TransINR with h0 = b + PE(x) W + interpolate(grid, x): its first layer reads a feature grid.
 
     The code has one more entry, `grid` (B, n^C, width), generated by the data tokens and an image's
-    pixels, and those of `observe`. To h0 is added what the maps of a scene's views hold.
+    pixels, and those of `encode`. To h0 is added what the maps of a scene's views hold.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1552,16 +1524,14 @@ class GridTransINR(FeatureGrid, TransINR):
             nn.init.normal_(head[1].weight, std=0.06 * cfg.dim**-0.5)
             nn.init.ones_(head[1].bias)
 
-    def encode(self, context):
-        context = self.with_features(context)
+    def code_and_grid(self, context):
         data, weight_tokens = self.transform(context)
         code = self.generate_layers(weight_tokens)
         grid = self.generate_nodes(data, context)
-        code["grid"] = grid.to(next(iter(code.values())).dtype)
-        return self.observe(code, context)
+        return code | {"grid": grid.to(next(iter(code.values())).dtype)}
 
     def field(self, code, points):
-        raw = super().field(code, points, self.interpolate(code, points))
+        raw = super().field(code, points, self.initial_features(code, points))
         return self.add_regression(raw, code, points)
 
 
@@ -1582,15 +1552,11 @@ class GridVNP(FeatureGrid, VNP):
                 for _ in range(cfg.depth)))
         start_as_identity(self.transformer)
 
-    def encode(self, context):
-        context = self.with_features(context)
-        code = super().encode(context)
+    def code_and_grid(self, context):
+        code = VNP.encode(self, context)
         if self.pixels or self.factor > 1:
             code["grid"] = self.generate_nodes(code["tokens"], context)
-        return self.observe(code, context)
-
-    def initial_features(self, code, points, e):
-        return self.interpolate(code, points)
+        return code
 
     def field(self, code, points, f):
         return self.add_regression(super().field(code, points, f), code, points)
@@ -1619,24 +1585,22 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     the negative ELBO ([2] Eq. 5), of which the error is minus the log-likelihood. Where the
     query has `var` (B, M, C), the target is the mean of values with this variance, and the Gaussian
     likelihood is its expectation over them: the same gradient on average, with less noise.
+    A target that the query's mask leaves out counts as one of error 0.
     """
     context, query, target = batch
-    code, kl = model.encode(context), None
+    code = model.encode(context)
     if model.cfg.model == "vnp":
         prediction, kl = model.posterior_predict(code, query, target, eps)
     else:
-        prediction = model.decode(code, query)
+        prediction, kl = model.decode(code, query), target.new_zeros(1)
     mask = query.get("mask")  # (B, M, C): which targets are known; None: all
-    count = target.numel() if mask is None else mask.sum().clamp(min=1)
-    mean = lambda v: v.mean() if mask is None else (v * mask).sum() / count
+    mean = lambda v: (v if mask is None else v * mask).mean()
     mse = mean((prediction.mean.float() - target).square())
     loss = mean(model.signal.error(prediction, target))
     if "var" in query:
         loss = loss + 0.5 * mean(query["var"] / prediction.std.float().square())
-    if kl is not None:
-        loss = loss + kl_weight * kl.mean() / (
-            1 if prediction.std is None else count / len(target))
-    return loss, mse
+    per = 1 if prediction.std is None else target[0].numel()
+    return loss + kl_weight * kl.mean() / per, mse
 
 
 def generator(*key: int) -> torch.Generator:
@@ -1644,7 +1608,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-PER_QUERY = ("coords", "x", "rays_o", "rays_d", "jitter")  # a query's entries of a row a target
+PER_QUERY = ("coords", "x", "rays_o", "rays_d", "jitter")  # entries with one row per target
 
 
 def n_queries(query: dict) -> int:
@@ -1679,7 +1643,7 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Predictio
     hit = model.signal.hits(query)
     if hit is not None and not hit.all():
         seen = predict(model, code, select_queries(query, hit), z, chunk).mean
-        mean = seen.new_ones(1, len(hit), 3)
+        mean = seen.new_ones(len(seen), len(hit), 3)
         mean[:, hit] = seen
         return Prediction(mean, None)
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
@@ -2096,7 +2060,7 @@ def all_reduce_mean(tensors: list[Tensor]):
 
 @dataclass(frozen=True)
 class Device:
-    """Every choice that depends on the device; the rest of the file names none."""
+    """How a device trains: its precision, and which kernels are fast on it."""
 
     name: str
     dtype: torch.dtype | None  # of autocast; None: everything in fp32
@@ -2226,14 +2190,14 @@ class Run:
 
     def __init__(self, cfg: ModelConfig, recipe: TrainConfig, device: Device | None = None,
                  ckpt: dict | None = None):
-        self.cfg, self.recipe, self.device = cfg, recipe, device or choose_device("cpu")
+        self.cfg, self.recipe = cfg, recipe
+        self.device = device or choose_device("cpu", recipe.precision)
         self.step, self.elapsed, self.data = 0, 0.0, ""
         torch.manual_seed(recipe.seed)
         self.model = build(cfg).to(self.device.name)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
             self.step, self.elapsed = int(ckpt["step"]), float(ckpt["elapsed"])
-        self.params = list(self.model.parameters())
         self.optimizers = make_optimizers(self.model, recipe, self.device)
         for optimizer, state in zip(self.optimizers, ckpt["optimizers"] if ckpt else ()):
             optimizer.load_state_dict(state)
@@ -2260,9 +2224,9 @@ class Run:
                 losses = self.loss(piece, eps.transpose(0, 1), kl_weight) / recipe.grad_accum_steps
                 losses[0].backward()
             sums = sums + losses.detach()
-        all_reduce_mean([p.grad for p in self.params])
+        all_reduce_mean([p.grad for p in self.model.parameters()])
         if recipe.grad_clip:
-            nn.utils.clip_grad_norm_(self.params, recipe.grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.first_nonfinite_step = torch.where(
             sums[0].isfinite(), self.first_nonfinite_step,
             self.first_nonfinite_step.clamp(max=self.step))

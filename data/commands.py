@@ -376,7 +376,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
     else:
         photo = Path(source).is_file() and not str(source).endswith((".zip", ".json"))
         scene = (scenes.photo_scene(source, cfg.image_size) if photo else
-                 scenes.read_scene(*scenes.find_scene(source), cfg.image_size))
+                 scenes.read_scene(*scenes.find_scene(source), cfg.image_size,
+                                   sphere=cfg.grid > 0))
         click.echo(scene.note, nl=bool(scene.note))
         cameras = scenes.read_cameras(pose, size, scene) if pose else turntable(scene, size)
         n = views or min(trained_views(ckpt, cfg), len(scene.images))

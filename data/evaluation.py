@@ -32,6 +32,9 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1,
     if path == "":
         raise ValueError("--data is empty; give a folder or zip, or leave the option out")
     if cfg.task == "gp":
+        if path is None and cfg.n_values > 1:
+            raise ValueError(f"n_values={cfg.n_values}, but curves that are drawn have one value; "
+                             "give tables with --data")
         if path is None:
             return None
         data = curves.CurveSet(path, split, limit=limit, n_values=cfg.n_values,
@@ -42,7 +45,7 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1,
                         cfg.image_size // cfg.patch)
     else:
         data = SceneSet(path, split, cfg.image_size, cfg.n_views + targets,
-                        recipe.train_views if recipe else 0, limit)
+                        recipe.train_views if recipe else 0, limit, cfg.grid > 0)
     click.echo(data.source)
     return data
 
@@ -209,7 +212,7 @@ def evaluate(model, cases, tto: int = 0) -> dict:
                 scores["large_coverage"] = is_covered(*values, truth).mean((-2, -1))
         parts.append((i, {label} if "mask" in context else {label, "all"}, scores, numbers))
     out = mean_scores(parts, "pictures", "objects" * scenes)
-    whole = [label for label in out if "seen" not in label and label != "all"]
+    whole = [label for label in out if not label.endswith("% seen") and label != "all"]
     return {k: out[k] for k in sorted(out) if k != "all" or len(whole) != 1}
 
 

@@ -1,4 +1,4 @@
-"""Rewriting graphs for ONNX: angles, names, equal tensors, a check of the batch, half precision.
+"""Rewriting graphs for ONNX: angles, names, equal tensors, a check of sizes, half precision.
 
 Nothing here knows of models. The functions change the graph that they are given.
 """
@@ -114,6 +114,18 @@ def name_values(body: onnx.GraphProto, public: set[str]):
         node.input[:], node.output[:] = map(name, node.input), map(name, node.output)
 
 
+def name_dimensions(values, shapes: dict[str, tuple]):
+    """Name the free dimensions of inputs or outputs. Errors: ValueError where one is static."""
+    for value, (name, shape) in zip(values, shapes.items(), strict=True):
+        dims = value.type.tensor_type.shape.dim
+        for d, n in zip(dims, shape, strict=True):
+            if (0 if isinstance(n, str) else n) != d.dim_value:
+                raise ValueError(f"{name} came out as {[d.dim_param or d.dim_value for d in dims]}, "
+                                 f"not as {list(shape)}")
+            if isinstance(n, str):
+                d.dim_param = n
+
+
 def replace(things, new: list):
     """Put other things into a repeated field of a protobuf."""
     new = list(new)
@@ -134,19 +146,24 @@ def share_initializers(body: onnx.GraphProto):
         node.input[:] = [name.get(k, k) for k in node.input]
 
 
-def require_one_batch(body: onnx.GraphProto, inputs: dict[str, tuple]):
-    """Have a call fail, in a Reshape named after the reason, where inputs differ in batch."""
-    first, *rest = inputs
-    nodes, checked = [make_node("Shape", [first], ["batch.size"], start=0, end=1)], {}
-    for name in rest:
-        i, shape, checked[name] = inputs[name].index("batch"), f"{name}.shape", f"{name}.checked"
-        spans = [(f"{name}.before", 0, i), (f"{name}.after", i + 1, len(inputs[name]))]
-        spans = [span for span in spans if span[1] < span[2]]  # tract takes no empty shapes
-        nodes += [make_node("Shape", [name], [k], start=a, end=b) for k, a, b in spans]
-        parts = [k for k, a, _ in spans if not a] + ["batch.size"] + [k for k, a, _ in spans if a]
-        nodes += [make_node("Concat", parts, [shape], axis=0),
-                  make_node("Reshape", [name, shape], [checked[name]], allowzero=1,
-                            name=f"the batch of {name} must be that of {first}")]
+def require_equal_sizes(body: onnx.GraphProto, inputs: dict[str, tuple]):
+    """Have a call fail, in a Reshape named after the reason, where inputs differ in a free size."""
+    first, nodes, checked = {}, [], {}  # word -> the first input that has it
+    for name, shape in inputs.items():
+        parts, rules = [], []
+        for i, n in enumerate(shape):
+            parts.append(f"{n}.size" if n in first else f"{name}.size{i}")
+            if n in first:
+                rules.append(f"the {n} of {name} must be that of {first[n]}")
+                continue
+            if isinstance(n, str):
+                first[n], parts[-1] = name, f"{n}.size"
+            nodes.append(make_node("Shape", [name], parts[-1:], start=i, end=i + 1))
+        if rules:
+            checked[name] = f"{name}.checked"
+            nodes += [make_node("Concat", parts, [f"{name}.shape"], axis=0),
+                      make_node("Reshape", [name, f"{name}.shape"], [checked[name]], allowzero=1,
+                                name=", ".join(rules))]
     for node in body.node:
         node.input[:] = [checked.get(k, k) for k in node.input]
     replace(body.node, [*nodes, *body.node])

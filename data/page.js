@@ -24,7 +24,7 @@ function draw(more) {
 }
 function reset(more) {
   view = structuredClone(start);
-  $("grid").inert = false;
+  for (const e of document.querySelectorAll("[inert]")) e.inert = false;
   draw(more);
 }
 function photo([file]) {
@@ -69,10 +69,11 @@ function plot({mean, band, draws}) {
   for (const k in lines) $(k).setAttribute("d", lines[k].map(l => `M${l.join("L")}`).join(""));
 }
 function show({tiles, count, file}) {  // the code
-  $("code").replaceChildren(...tiles.map(({name, picture}) => {
+  $("code").replaceChildren(...tiles.map(({name, title, picture}) => {
     const tile = document.createElement("canvas"), figure = document.createElement("figure");
     Object.assign(tile, {width: picture.width, height: picture.height});
     tile.getContext("2d").drawImage(picture, 0, 0);
+    figure.title = title;
     figure.append(tile, `${name} ${tile.height} × ${tile.width}`);
     return figure;
   }));
@@ -83,7 +84,7 @@ function show({tiles, count, file}) {  // the code
 
 // ---------------------------------------------------------------- hands
 const fingers = new Map();  // id of a mouse or finger that is down -> its place on the canvas
-let held, pressed;  // the point of a curve that is held; where, until it is dragged from there
+let held, pressed;  // the point of a curve that is held; where, until the finger moves from there
 function move(from, to, factor) {  // what was at one place of the canvas comes to another
   const old = view.zoom;
   if (task == "gp") Object.assign(held, {x: clamp(to.x, 0, 1), y: clamp(to.y, 0, 1)});
@@ -107,24 +108,27 @@ function hand() {  // the middle of one or two fingers, and how far these are ap
   const [a, b = a] = fingers.values();
   return {x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, apart: distance(a, b) || 1};
 }
+const pixels = ({x, y}, p) =>  // of the screen between two places
+  Math.hypot((x - p.x) * canvas.clientWidth, (y - p.y) * canvas.clientHeight);
 canvas.onpointerdown = e => {
+  if (e.button) return;
   canvas.setPointerCapture(e.pointerId);
   fingers.set(e.pointerId, place(e));
   if (task != "gp") return;
-  held = view.points.find(p => distance(p, place(e)) < 0.03);
-  pressed = held && place(e);
-  if (!held) add(place(e));
+  pressed = place(e);
+  held = view.points.find(p => pixels(p, pressed) < (e.pointerType == "touch" ? 22 : 12));
 };
+canvas.ontouchstart = e => held && e.preventDefault();  // else a curve's page is scrolled
 canvas.onpointermove = e => {
-  if (!fingers.has(e.pointerId) || pressed && distance(pressed, place(e)) < 0.01) return;
+  if (!fingers.has(e.pointerId) || pressed && pixels(pressed, place(e)) < 5) return;
   const from = hand();
   pressed = null;
   fingers.set(e.pointerId, place(e));
-  move(from, hand(), hand().apart / from.apart);
+  if (task != "gp" || held) move(from, hand(), hand().apart / from.apart);
 };
 canvas.onpointerup = canvas.onpointercancel = e => {
   fingers.delete(e.pointerId);
-  if (pressed && e.type == "pointerup") remove();
+  if (pressed && e.type == "pointerup") held ? remove() : add(pressed);
   pressed = null;
 };
 canvas.onwheel = e => {
@@ -166,7 +170,7 @@ $("file").onchange = e => photo(e.target.files);
 document.onpaste = e => photo(e.clipboardData.files);
 document.ondragover = document.ondragleave = document.ondrop = e => {
   e.preventDefault();
-  document.body.classList.toggle("over", e.type == "dragover");
+  document.body.classList.toggle("over", e.type == "dragover" && worker && task != "gp");
   photo(e.dataTransfer.files);  // none before the drop
 };
 
@@ -186,6 +190,7 @@ async function begin() {
   start = example?.view || starts[task];
   for (const e of document.querySelectorAll("[data-for]"))
     e.toggleAttribute("hidden", !kind.match(e.dataset.for));
+  Object.assign(canvas.style, {gp: {touchAction: "pan-y"}, nvs: {imageRendering: "auto"}}[task]);
   $("size").value = (task == "nvs" ? 128 : 512) / (about.model == "vnp" ? 2 : 1);  // in seconds
   const parts = ["encoder", "decoder"].map(k => [encodeURIComponent(about.files[k].file)]);
   const urls = await Promise.all([...parts, ...Object.entries(ort)].map(file => get(...file)));

@@ -115,12 +115,13 @@ function drawn([data, dims], weights) {  // the posterior at one draw: its mean,
   return [data.map((mean, k) => k % n < size && of(k).slice(0, size).reduce(
     (sum, w, i) => sum + w * data[k + (i + 1) * size], mean)), dims];
 }
-function cut(size) {  // what is to be drawn into pieces of about 4,096 queries
+function cut(size) {  // what is to be drawn into pieces of about 4,096 queries, or 512 rays
   const sides = task == "gp" ? noise.map(() => 256) : [task == "nvs" ? 32 : 64, size];
   const whole = about.model == "vnp" && config.latent_pool == "query";  // latents need all queries
   return sides.flatMap((side, pass) => {
     const [w, h] = shape.map(n => Math.max(1, Math.round(n * side / Math.max(...shape))));
-    const n = whole ? h : Math.ceil(4096 / w), moved = noise[pass] || noise[0];
+    const n = whole ? h : Math.ceil((task == "nvs" ? 512 : 4096) / w);
+    const moved = noise[pass] || noise[0];
     return Array.from({length: Math.ceil(h / n)}, (_, k) =>
       ({w, h, top: k * n, n: Math.min(n, h - k * n), moved}));
   });
@@ -144,7 +145,7 @@ function picture(w, h, color) {  // color(k, c): channel c of pixel k, 0 to 255
 function tile([name, {data, dims}]) {  // red where positive, blue where negative
   const [h, w] = dims.slice(-2);
   const most = 3 * Math.sqrt(data.reduce((sum, v) => sum + v * v, 0) / data.length);
-  return {name, picture: picture(w, h, (k, c) =>
+  return {name, title: about.files.encoder.outputs[name].meaning, picture: picture(w, h, (k, c) =>
     255 - 200 * Math.min(1, Math.max(0, [-data[k], Math.abs(data[k]), data[k]][c] / most)))};
 }
 function safetensors(out) {  // a length, a header in JSON, the numbers
@@ -173,7 +174,7 @@ async function work({id, view, size, anew}) {
     const out = await run("encoder", context);
     code = Object.fromEntries(Object.entries(out).map(([k, t]) => [k, [t.data, t.dims]]));
     encode = performance.now() - start;
-    const shown = Object.entries(out).filter(([name]) => !name.startsWith("pool"));  // no places
+    const shown = Object.entries(out).filter(([name]) => !/^pool|scale|poses|focals/.test(name));
     postMessage({tiles: shown.map(tile), file: safetensors(out),
                  count: Object.values(out).reduce((sum, {data}) => sum + data.length, 0)});
   }

@@ -158,10 +158,10 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
     n_values = y[0].shape[1]
     units = units or (torch.zeros(1), torch.ones(1), torch.zeros(n_values), torch.ones(n_values))
     (a,), (b,), *columns = (u.flatten().tolist() for u in units)
-    in_x, plots = lambda v: v[..., 0].double().cpu().numpy() * b + a, []
+    in_x, plots = lambda v: v[..., 0].cpu().double().numpy() * b + a, []
     x_ticks = partial(date_ticks, origin=origin) if origin else ticks
     for j, (c, d) in enumerate(zip(*columns)):
-        in_y = lambda v: v[..., j].double().cpu().numpy() * d + c
+        in_y = lambda v: v[..., j].cpu().double().numpy() * d + c
         dots = [(in_x(u[m[:, j] > 0]), in_y(v[m[:, j] > 0]), color)
                 for u, v, m, color in zip(x, y, mask, ("black", "#e08a2b"))]
         mean, wide, t = band[0], CENTRAL_95 * band[1], in_x(grid)

@@ -153,8 +153,8 @@ def tabulate_curve(model, table, points: int) -> dict:
     columns = {}
     for *xym, (a, b, c, d) in table_parts(model, table):
         grid, band, _ = curve_band(model, *xym, points)
-        columns.setdefault(table.x_name, []).append((grid.double() * b + a)[:, 0])
-        mean, std = band.mean * d + c, band.std * d
+        columns.setdefault(table.x_name, []).append((grid.cpu().double() * b + a)[:, 0])
+        mean, std = band.mean.cpu() * d + c, band.std.cpu() * d
         wide = curves.CENTRAL_95 * std
         for j, name in enumerate(table.y_names[: model.cfg.n_values]):
             for kind, v in (("mean", mean), ("std", std), ("lower", mean - wide),

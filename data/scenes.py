@@ -32,6 +32,7 @@ SPLIT_FOLDER = re.compile(r"(^|[/_])(train|val|test)/")  # train/..., cars_train
 MOST_VIEWS = 4096  # of a scene
 NPY_LOCK = Lock()  # np.load reads headers by `ast`, which may fail in threads (CPython 3.11)
 RADIUS = 4.0  # mean distance of a scene's cameras from the origin
+REACH = 1.064  # half of what a camera sees at that distance, where scenes have the field 0.52
 OPENCV_AXES = np.array([1.0, -1.0, -1.0, 1.0])  # times a pose (3, 4): y down, z forward -> OpenGL
 LENS_KEYS = "k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2"  # of a transforms.json
 POINTS = re.compile(r"[-+.\deE]*")  # of a line of COLMAP's images.txt that lists x, y and a number
@@ -292,6 +293,9 @@ def find_centre(poses: np.ndarray) -> tuple[np.ndarray, float]:
     across = len(poses) * np.eye(3) - back.T @ back
     origin = np.linalg.pinv(across, 1e-6) @ (eyes - depth * back).sum(0)
     radius = np.linalg.norm(eyes - origin, axis=1).mean()
+    if len(poses) > 1 and radius < 1e-4 * np.linalg.norm(eyes, axis=1).max():
+        raise ValueError("all cameras stand in one place; poses must be camera-to-world: invert "
+                         "world-to-camera ones")
     if not np.median(depth[:, 0] - back @ origin) > 1e-6 * radius:
         raise ValueError("the cameras do not face a common point; give pictures from around an "
                          "object, with camera-to-world poses of OpenGL axes")
@@ -300,11 +304,19 @@ def find_centre(poses: np.ndarray) -> tuple[np.ndarray, float]:
     return origin, RADIUS / radius
 
 
-def read_scene(tree: Tree, name: str, size: int, max_views: int = 0) -> Scene:
+def background(images: Tensor) -> str:
+    """A note if most pixels at the border of views (V, 3, S, S) are not white, else ""."""
+    border = torch.cat((images[..., [0, -1]].flatten(2), images[..., [0, -1], :].flatten(2)), 2)
+    return "" if border.amin(1).median() > 230 else (
+        "the background is not white, as it is in training: cut the object out")
+
+
+def read_scene(tree: Tree, name: str, size: int, max_views: int = 0, sphere=False) -> Scene:
     """The scene in the folder `name` of a tree ("" for its root), in any layout.
 
     size: pixels a side of its images; transparency becomes white. max_views: only the first so
-    many are read, 0 for all. Errors: ValueError that names file, rule and remedy; OSError.
+    many are read, 0 for all. sphere: what wide-angle views show is shrunk into the unit sphere.
+    Errors: ValueError that names file, rule and remedy; OSError.
     """
     found = find_scenes(tree, name)
     if name not in found:
@@ -330,9 +342,18 @@ def read_scene(tree: Tree, name: str, size: int, max_views: int = 0) -> Scene:
     if scale != 1 or origin.any():
         notes.append("recentred on ({:.3g}, {:.3g}, {:.3g})".format(*origin)
                      + f" and scaled by {scale:.4g} to a mean camera distance of {RADIUS:g}")
-    poses[..., 3] = (poses[..., 3] - origin) * scale
-    return Scene(torch.stack(images), torch.from_numpy(poses[: len(images)]).float(),
-                 torch.tensor(focals), "; ".join(notes), tuple(origin.tolist()), scale)
+    eyes, images, focals = poses[:, :, 3] - origin, torch.stack(images), torch.tensor(focals)
+    reach = scale * np.linalg.norm(eyes, axis=1).mean() * size / 2 / float(focals.mean())
+    if sphere and reach > 1.1 * REACH:
+        scale *= REACH / reach
+        notes.append(f"scaled by {REACH / reach:.3g}, so that the unit sphere holds what is seen")
+    poses[..., 3] = eyes * scale
+    sides = np.abs(poses[:, :, 1].mean(0))  # of the cameras' up
+    if len(poses) > 3 and sides[:2].max() > 2 * sides[2]:
+        notes.append("the world's z is not up, as it is in training: turn the poses")
+    notes += filter(None, [background(images)])
+    return Scene(images, torch.from_numpy(poses[: len(images)]).float(), focals, "; ".join(notes),
+                 tuple(origin.tolist()), scale)
 
 
 def find_scene(source) -> tuple[Tree, str]:
@@ -372,7 +393,8 @@ def photo_scene(path, size: int, angle: float = 0.52) -> Scene:
     focal = size * angle_to_focal(angle)
     s, c = math.sin(math.radians(20)), math.cos(math.radians(20))
     pose = torch.tensor([[1, 0, 0, 0], [0, s, -c, -RADIUS * c], [0, c, s, RADIUS * s]])
-    return Scene(to_tensor(np.array(photo))[None], pose[None], torch.tensor([[focal, focal]]))
+    view = to_tensor(np.array(photo))[None]
+    return Scene(view, pose[None], torch.tensor([[focal, focal]]), background(view))
 
 
 def read_cameras(path, size: int, scene: Scene | None = None) -> tuple[Tensor, Tensor]:
@@ -457,14 +479,15 @@ class SceneSet:
 
     path: a folder or zip of scenes in any layout; None: the bundled furniture. size: pixels a
     side, S. min_views: scenes with fewer are left out. max_views: only the first so many views
-    of each are kept, and limit: only the first scenes; 0 for all. Errors: ValueError, OSError.
+    of each are kept, and limit: only the first scenes; 0 for all. sphere: see read_scene.
+    Errors: ValueError, OSError.
     Of N scenes: `names`, `labels` (the class, "all" without one), `counts` (N,) of views and
     `first` (N,), where they begin in `images` (sum V, 3, S, S) uint8, `poses` (sum V, 3, 4) and
     `focals` (sum V, 2); `source`, one line on what was read.
     """
 
     def __init__(self, path=None, split: str = "train", size: int = 64, min_views: int = 2,
-                 max_views: int = 0, limit: int = 0):
+                 max_views: int = 0, limit: int = 0, sphere=False):
         tree = Tree(path or Path(__file__).parent / "furniture.zip")
         found = find_scenes(tree)
         chosen, rule = split_scenes(tree, list(found), split) if found else ([], "")
@@ -472,7 +495,7 @@ class SceneSet:
             raise ValueError(f"{tree.path}: no scene ({', '.join(LAYOUTS)}) for the {split} split")
 
         def read(name):
-            scene = read_scene(tree, name, size, max_views)
+            scene = read_scene(tree, name, size, max_views, sphere)
             if len(scene.images) < min_views:
                 raise ValueError(f"{name}: {len(scene.images)} views; at least {min_views} are "
                                  "needed")
@@ -490,7 +513,7 @@ class SceneSet:
         self.source = (f"{tree.path}: {len(names)} scenes ({layouts}) with {len(self.images)} "
                        f"views, {split} split ({rule})")
         if notes:
-            self.source += f"; {len(notes)} of them moved or cropped, the first: {notes[0]}"
+            self.source += f"; a note on {len(notes)} of them, the first: {notes[0]}"
 
     def __len__(self):
         return len(self.names)
