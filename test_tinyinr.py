@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,6 +289,13 @@ def test_constant_density_has_the_analytic_opacity(sigma):
     close(color[0, 0], want * rgb[0, 0, 0] + 1 - want, 1e-6)
 
 
+def test_two_scenes_are_predicted_along_one_set_of_rays():
+    model, (context, _) = tiny("nvs", "transinr"), signals("nvs", batch=2)
+    query, code = picture_rays(poses(1)[0], torch.full((2,), 10.0), 16), model.encode(context)
+    assert not model.signal.hits(query).all()  # some miss the sphere
+    close(tinyinr.predict(model, code, query).mean, model.decode(code, query).mean)
+
+
 def test_a_grid_scene_is_rendered_inside_its_sphere_only():
     signal = tiny("nvs", "transinr").signal
     o = torch.tensor([[[0.0, 0, 4], [0, 0, 4], [0, 0.6, 4], [0, 3, 4], [0, 0, 0]]])
@@ -296,6 +303,9 @@ def test_a_grid_scene_is_rendered_inside_its_sphere_only():
     points, z = signal.points({"rays_o": o, "rays_d": d, "near": 0.0, "far": 9.0})
     want = torch.tensor([[3.0, 5], [6, 9], [3.2, 4.8], [4, 4], [0, 2]])
     close(z[0, :, [0, -1]], want)
+    far_off = {"rays_o": o + torch.tensor([0, 0, 20.0]), "rays_d": d}  # beyond the config's far
+    want = torch.tensor([[23.0, 25], [46, 50], [23.2, 24.8]])
+    close(signal.points(far_off)[1][0, :3, [0, -1]], want)
     sigma = math.log1p(math.exp(20 * 0.05))
     raw = torch.tensor([0.1, 0.2, 0.3, 0.15]).expand(1, points.shape[1], 4)
     color, _, opacity = signal.render(raw, points, z, background=0.0)
@@ -479,6 +489,8 @@ def test_interpolating_equals_hat_functions_and_goes_on_as_at_the_border(n, dim)
     nodes = torch.cartesian_prod(*[axis] * dim).view(1, -1, dim)
     close(tinyinr.interpolate(grid, nodes, axis), grid, 1e-4)
     close(tinyinr.interpolate(nodes, nearest[:1], axis), nearest[:1], 2e-5)  # linear: exact
+    x, value = nearest[0, 0], lambda x: tinyinr.interpolate(grid, x[None, None], axis)[:, 0]
+    close(torch.func.jacfwd(value)(x), torch.func.jacrev(value)(x))
 
 
 @pytest.mark.parametrize("n, dim", ((300, 1), (17, 2), (7, 3)))
@@ -697,6 +709,8 @@ def test_the_std_grows_by_its_own_where_the_features_explain_a_curve_badly():
     std = [model(dict(x=x, y=y), dict(x=x)).std.mean().item()
            for y in (0 * x, 0.2 * x, 20 * rand(1, 40, 1))]
     assert std[0] <= std[1] < std[2] / 3
+    beyond = model(dict(x=x, y=0.2 * x), dict(x=torch.tensor([[[-2.0], [-3], [9], [1e4]]]))).std
+    assert (beyond[0, 1:, 0] >= torch.tensor([1.0, 7, 9998])).all() and beyond[0, 0, 0] < 1
 
 
 # ------------------------------------------------------------------------- all models
@@ -734,6 +748,25 @@ def test_an_empty_context_gives_finite_predictions_but_a_scene_needs_a_view(name
     context, query = signals("nvs")
     no_views = {k: v[:, :0] for k, v in context.items()}
     refused("0 context views; a scene needs at least one", tiny("nvs", name, grid), no_views, query)
+
+
+@pytest.mark.parametrize("task, name, change, words", [
+    ("image", "image", lambda x: (255 * x).byte(), "image is of torch.uint8"),
+    ("image", "image", lambda x: x[0], r"image has the shape \(3, 16, 16\); give \(B, 3, H, W\)"),
+    ("image", "mask", lambda x: x[:, 0], r"mask has .* \(B, 1, H, W\)"),
+    ("image", "coords", lambda x: x[0], r"coords has .* \(B, M, 2\)"),
+    ("nvs", "images", lambda x: x[0], r"images has .* \(B, V, 3, H, W\)"),
+    ("nvs", "poses", lambda x: F.pad(x, (0, 0, 0, 1)), r"poses has .* \(B, V, 3, 4\)"),
+    ("nvs", "focals", lambda x: x[..., 0], r"focals has .* \(B, V, 2\)"),
+    ("nvs", "rays_d", lambda x: x[0], r"rays_d has .* \(B, R, 3\)"),
+    ("gp", "y", lambda x: x[..., 0], r"y has .* \(B, N, 1\)"),
+    ("gp", "x", lambda x: x[..., 0], r"x has .* \(B, N, 1\)")])
+def test_tensors_of_another_shape_or_type_are_refused_by_name(task, name, change, words):
+    model, (context, query) = tiny(task, "vnp", masked=task == "image"), signals(task)[:2]
+    context = context | ({"mask": torch.ones(3, 1, 16, 16)} if task == "image" else {})
+    own = query if name in query and name != "x" else context
+    own[name] = change(own[name])
+    refused(words, model, context, query)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -1228,6 +1261,24 @@ def test_the_elbo_written_out_by_hand(masked):
     close(mse, (mean - target)[mask].square().mean())
 
 
+def test_pieces_of_a_batch_of_which_values_are_missing_add_up_to_its_gradient():
+    cfg, recipe = make_config("small", "gp", "vnp", **SIZES | dict(
+        grid=48, n_features=12, n_harmonics=3, n_values=2, batch_size=4, n_queries=6,
+        precision="fp32"))
+    least = torch.tensor([0.8, 0.8, 0, 0]).view(4, 1, 1)  # most of two curves' values are unknown
+    table = lambda batch, points, gen: (
+        torch.rand(batch, points, 1, generator=gen), torch.rand(batch, points, 2, generator=gen),
+        torch.rand(batch, points, 2, generator=gen) > least)
+    batch, grads = next(tinyinr.curve_batches(cfg, recipe, table)), []
+    for pieces in (1, 2):
+        run = tinyinr.Run(cfg, replace(recipe, grad_accum_steps=pieces))
+        parts = [[tinyinr.micro_batch(v, i, pieces) for v in batch] for i in range(pieces)]
+        with torch.enable_grad():
+            loss = sum(run.loss(part, None, 1.0)[0] for part in parts) / pieces
+            grads.append(torch.autograd.grad(loss, run.model.head[2].weight)[0])
+    close(*grads, 1e-5)
+
+
 # ------------------------------------------------------------------------- training
 
 
@@ -1508,17 +1559,20 @@ def test_render_draws_what_the_function_is_and_encode_writes_its_numbers(trained
     noisy(30, 60).save(wide)
     for out in ("r.png", "r.npz"):
         run("render", ckpt, wide, "-o", tmp_path / out, "--size", 64)
-    run("encode", ckpt, trained.data, "-o", tmp_path / "codes.npz")
+    shutil.copytree(trained.data, tmp_path / "set")
+    shutil.copy(wide, tmp_path / "set")
+    run("encode", ckpt, tmp_path / "set", "-o", tmp_path / "codes.npz")
     model, numbers = tinyinr.load(ckpt), np.load(tmp_path / "r.npz")
     codes = np.load(tmp_path / "codes.npz")
     code, other = (model.encode(rendering.read_context(model, p)[0]) for p in (wide, square))
     want = model.decode(code, {"coords": tinyinr.pixel_grid(32, 64)[None]}).mean
     check_picture(tmp_path / "r.png", want.view(32, 64, 3))
     assert (numbers["pixels"][0] == np.array(Image.open(tmp_path / "r.png"))).all()
-    row = codes["names"].tolist().index(square.name)
     for name in code:
         close(torch.from_numpy(numbers[name]), code[name])
-        close(torch.from_numpy(codes[name][row]), other[name][0], 1e-4)
+        for path, want in ((square, other), (wide, code)):
+            row = codes["names"].tolist().index(path.name)
+            close(torch.from_numpy(codes[name][row]), want[name][0], 1e-4)
     shutil.copy(ckpt, tmp_path / "a.pt")
     for record, told in (('{"files": {}}', False), ("damaged", False),
                          ('{"scores": {"a": 1}}', True)):
@@ -1569,7 +1623,8 @@ def test_an_object_is_read_from_as_many_views_as_were_trained_on_spread_around_i
     eyes = torch.tensor([4.0, 0, 0]) + torch.tensor([[0.0], [1], [1], [9], [5]])
     assert scenes.spread_views(torch.stack([eyes] * 4, -1), 5) == [0, 3, 4, 1, 2]
     model = tiny("nvs", "transinr")
-    views = scenes.read_scene(*scenes.find_scene(balls(tmp_path, "a") / "balls/a"), 16)
+    found = scenes.find_scene(balls(tmp_path, "a") / "balls/a")
+    views = scenes.read_scene(*found, 16, sphere=True)
     for more, given, n in ((2, (), 3), (9, (), 4), (9, ("--views", 2), 2), ("x", (), 1)):
         tinyinr.save(model, tmp_path / "c.pt", recipe={"more_views": more})
         run("render", tmp_path / "c.pt", tmp_path / "balls/a", "-o", tmp_path / "c.npz",

@@ -26,8 +26,9 @@ Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centers in (-
 camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. A curve's
 x is in [-2, 2], its y has mean 0 and a std of about 0.5. Masks, near, far and points_per_ray are
 optional. std has the shape of mean; None: deterministic model. In training a query may also have
-jitter (B, R, P or 1) of the points along rays, mask (B, M, D), 1 = the target is known, and var
-(B, M, D), the variance of what the target is the mean of.
+jitter (B, R, P or 1) of the points along rays, mask (B, M, D), 1 = the target is known, n_known
+(1), how many of a signal's are on average, and var (B, M, D), the variance of what the target is
+the mean of.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributions import Normal, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -540,6 +542,17 @@ def log_likelihood(prediction: Prediction, target: Tensor) -> Tensor:
     return Normal(mean, std, validate_args=False).log_prob(target)
 
 
+def check_shapes(tensors: dict, **shapes: str):
+    """Raise ValueError for a tensor of another shape than such as "B 3 H W", or of integers."""
+    for name, shape in shapes.items():
+        x, sizes = tensors.get(name), shape.split()
+        if x is not None and (len(sizes) != x.dim() or any(
+                n.isdigit() and int(n) != size for n, size in zip(sizes, x.shape))):
+            raise ValueError(f"{name} has the shape {tuple(x.shape)}; give ({', '.join(sizes)})")
+        if x is not None and name != "mask" and not x.is_floating_point():
+            raise ValueError(f"{name} is of {x.dtype}; give floating point, colors in [0, 1]")
+
+
 class Signal:
     """What depends on the kind of signal: dimensions, tokenizer, query points, final values.
 
@@ -606,6 +619,7 @@ class Image(Signal):
         return PatchTokenizer(3 + cfg.masked, cfg.dim, cfg.patch, cfg.padding, cfg.image_size)
 
     def color_and_mask(self, context):  # (B, 3, H, W), 0 where unseen; (B, 1, H, W)
+        check_shapes(context, image="B 3 H W", mask="B 1 H W")
         image, mask = context["image"], context.get("mask")
         mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
         return image.masked_fill(mask == 0, 0.0), mask
@@ -615,9 +629,11 @@ class Image(Signal):
             return (torch.cat(self.color_and_mask(context), 1),)
         if context.get("mask") is not None:
             raise ValueError("this model reads whole images: train one with --set masked=True")
+        check_shapes(context, image="B 3 H W")
         return (context["image"],)
 
     def points(self, query):
+        check_shapes(query, coords="B M 2")
         return query["coords"], None
 
     def context_as_targets(self, context, every=1):
@@ -644,6 +660,7 @@ class Scene(Signal):
         return RayTokenizer(self.cfg.dim, self.cfg.patch, self.cfg.padding)
 
     def inputs(self, context):
+        check_shapes(context, images="B V 3 H W", poses="B V 3 4", focals="B V 2")
         return context["images"], context["poses"], context["focals"]
 
     def depth_range(self, query) -> tuple[Tensor, Tensor]:
@@ -652,6 +669,7 @@ class Scene(Signal):
                      .reshape(-1, 1, 1) for k in ("near", "far"))
 
     def points(self, query):
+        check_shapes(query, rays_o="B R 3", rays_d="B R 3")
         rays_o, rays_d = query["rays_o"], query["rays_d"]
         n_points = int(query.get("points_per_ray", self.cfg.points_per_ray))
         z_vals = sample_depths(rays_o, *self.depth_range(query), n_points, query.get("jitter"))
@@ -693,6 +711,7 @@ class Curve(Signal):
 
     def inputs(self, context):
         """x, y and mask (B, N, D); what stands under mask 0 becomes 0."""
+        check_shapes(context, x="B N 1", y=f"B N {self.value_dim}")
         x, y, mask = context["x"], context["y"], context.get("mask")
         mask = torch.ones_like(y) if mask is None else mask.to(y.dtype)
         mask = (mask if mask.dim() == 3 else mask.unsqueeze(-1)).expand_as(y)
@@ -700,6 +719,7 @@ class Curve(Signal):
         return x, y.masked_fill(mask == 0, 0.0), mask
 
     def points(self, query):
+        check_shapes(query, x="B M 1")
         return query["x"], None
 
     def context_as_targets(self, context, every=1):
@@ -1065,9 +1085,10 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
         table = grid.flatten(0, 1)
         first = grid.shape[1] * torch.arange(grid.shape[0], device=x.device)
         index = index + first[:, None, None]
-    if x.requires_grad or torch.compiler.is_exporting():
+    exact = x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+    if exact or torch.compiler.is_exporting():
         out = (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
-    else:  # the same several times as fast, without a second derivative
+    else:  # the same several times as fast, with a first derivative in reverse mode alone
         out = F.embedding_bag(index.flatten(0, 1), table, mode="sum",
                               per_sample_weights=weight.flatten(0, 1)).unflatten(0, index.shape[:2])
     return out[0].unflatten(-1, (grid.shape[0], -1)).transpose(0, 1) if shared else out
@@ -1477,7 +1498,7 @@ class FeatureGrid:
         cameras and `views_map` (B, V, 2, n^2, width): for points and for their mirror images.
         """
         if self.views:
-            images = context["images"]  # (B, V, 3, S, S) -> features (B, V, n^2, WIDTH)
+            images = self.signal.inputs(context)[0]  # (B, V, 3, S, S) -> (B, V, n^2, WIDTH)
             features = F.gelu(self.views.conv(images.flatten(0, 1))).unflatten(0, images.shape[:2])
             context = context | {"features": features}
         code = self.code_and_grid(context)
@@ -1585,7 +1606,6 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     the negative ELBO ([2] Eq. 5), of which the error is minus the log-likelihood. Where the
     query has `var` (B, M, C), the target is the mean of values with this variance, and the Gaussian
     likelihood is its expectation over them: the same gradient on average, with less noise.
-    A target that the query's mask leaves out counts as one of error 0.
     """
     context, query, target = batch
     code = model.encode(context)
@@ -1593,14 +1613,15 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
         prediction, kl = model.posterior_predict(code, query, target, eps)
     else:
         prediction, kl = model.decode(code, query), target.new_zeros(1)
-    mask = query.get("mask")  # (B, M, C): which targets are known; None: all
-    mean = lambda v: (v if mask is None else v * mask).mean()
+    mask, per = query.get("mask"), target[0].numel()  # (B, M, C): which targets are known
+    if mask is not None:
+        per = query.get("n_known", mask.sum() / len(target)).sum().clamp(min=1)  # of a signal
+    mean = lambda v: (v if mask is None else v * mask).sum() / (per * len(target))
     mse = mean((prediction.mean.float() - target).square())
     loss = mean(model.signal.error(prediction, target))
     if "var" in query:
         loss = loss + 0.5 * mean(query["var"] / prediction.std.float().square())
-    per = 1 if prediction.std is None else target[0].numel()
-    return loss + kl_weight * kl.mean() / per, mse
+    return loss + kl_weight * kl.mean() / (1 if prediction.std is None else per), mse
 
 
 def generator(*key: int) -> torch.Generator:
@@ -2018,12 +2039,14 @@ def curve_batches(cfg: ModelConfig, recipe: TrainConfig, draw, device="cpu", sta
         shown = given.unsqueeze(-1)
         if d > 1:
             shown = shown | (torch.arange(d) == torch.randint(2 * d, (size, 1, 1), generator=gen))
+        n_known = (known * ~shown)[:, n:].float().sum().view(1) / size  # of the whole batch
         target, var = posterior(given) if posterior else (y, None)
         x, y, known, shown, target, var = (
             None if v is None else v[mine].float() for v in (x, y, known, shown, target, var))
         seen, end = known * shown, n + m if d > 1 else n  # of D = 1 the targets are never seen
         context = {"x": x[:, :end], "y": y[:, :end], "mask": seen[:, :end]}
         query, target = {"x": x[:, n:], "mask": (known - seen)[:, n:]}, target[:, n:]
+        query["n_known"] = n_known
         if posterior:
             query["var"] = var[:, n:]
         yield tuple(to_device(v, device) for v in (context, query, target))
@@ -2312,11 +2335,13 @@ def log_row(run: Run, out: Path, progress: float, means: Tensor, seconds: float,
     if is_main_process():
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-    val = "  val {val_loss:.4f}, {val_psnr:.2f} dB".format(**row) if "val_loss" in row else ""
-    bar = "=" * int(20 * min(1.0, progress))
-    print(f"[{bar:20}] step {row['step']}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f} dB"
-          f"{val}  lr {row['lr']:.1e}  {row['ms']:.0f} ms  {row['signals_per_s']:.0f}/s  "
-          f"eta {row['eta'] // 60:.0f}:{row['eta'] % 60:02.0f}", flush=True)
+    pixels, bar = run.cfg.task != "gp", "=" * int(20 * min(1.0, progress))  # curves have no PSNR
+    told = "loss {loss:.4f}" + "  psnr {psnr:.2f} dB" * pixels
+    if "val_loss" in row:
+        told += "  val {val_loss:.4f}" + ", {val_psnr:.2f} dB" * pixels
+    told += "  lr {lr:.1e}  {ms:.0f} ms  {signals_per_s:.0f}/s  eta "
+    print(f"[{bar:20}] step {row['step']}  {told.format(**row)}"
+          f"{row['eta'] // 60:.0f}:{row['eta'] % 60:02.0f}", flush=True)
 
 
 # ------------------------------------------------------------------------- test-time optimization
@@ -2368,4 +2393,8 @@ def __getattr__(name: str):
 if __name__ == "__main__":  # under its own name, so that every class exists once and pickles
     import tinyinr
 
-    tinyinr.cli()
+    try:
+        tinyinr.cli()
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"{e}: the commands need the folder data/ beside this file, and what "
+                         "requirements.txt lists; models alone need PyTorch") from None

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -276,8 +277,9 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     run.model.eval()
     if is_main_process():
         write_pictures([sample_pictures(run.model, val_set)], out / "samples.png")
-    count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal
-    scores = score(run.model, val_set, count=count, split="val")
+    count = min(limit, 1) or 50 * (cfg.task == "gp")  # a smoke test: of one signal, or view
+    pairs = min(limit, 1) * (cfg.task == "nvs")
+    scores = score(run.model, val_set, count=count, pairs=pairs, split="val")
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
     report(scores)
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
@@ -337,8 +339,8 @@ def trained_views(ckpt, cfg) -> int:
 @click.argument("ckpt", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="Picture, .npz or .csv.")
-@click.option("--size", type=click.IntRange(2, 16384), default=512, show_default=True,
-              help="Pixels of the long side, or rows of a prediction in numbers.")
+@click.option("--size", type=click.IntRange(2, 16384), help="Pixels of the long side, or rows of "
+              "numbers for each part of a series.  [default: 512; nvs: 128]")
 @click.option("--tto", type=click.IntRange(0), default=0, help="Steps of test-time optimization.")
 @click.option("--views", type=click.IntRange(1), help="nvs: context views, spread around the "
               "object.  [default: up to the number that the model is trained on]")
@@ -357,6 +359,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
     """
     model, suffix = load(ckpt, choose_device(device).name), Path(out).suffix
     cfg, code = model.cfg, {}
+    size = size or (128 if cfg.task == "nvs" else 512)
     check_options(cfg, tto=tto, views=views, pose=pose, mask=mask, columns=columns)
     check_output(out, ckpt, source, folder=cfg.task == "nvs")
     numbers = suffix == ".npz" or cfg.task == "gp" and suffix == ".csv"
@@ -398,7 +401,10 @@ def write_numbers(columns: dict, out: str):
     with atomic(out) as part:
         if out.endswith(".npz"):
             with open(part, "wb") as f:
-                np.savez(f, **columns)
+                with zipfile.ZipFile(f, "w") as archive:  # np.savez takes no array named "file"
+                    for name, values in columns.items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                            np.lib.format.write_array(entry, np.asanyarray(values))
         else:
             with open(part, "w", encoding="utf-8", newline="") as f:
                 writer, digits = csv.writer(f, lineterminator="\n"), [15] + [8] * len(columns)
@@ -418,8 +424,8 @@ def write_numbers(columns: dict, out: str):
 def encode_command(ckpt, source, out, tto, views, device):
     """Store the codes of all signals of a FOLDER or zip in an .npz: `names`, and (N, ...) arrays.
 
-    The code of a TransINR is an MLP's weights, that of a VNP its tokens. Of a scene the first
-    views are read, of a series its first window.
+    The code of a TransINR is an MLP's weights, that of a VNP its tokens. A picture is squeezed to
+    a square; of a scene the first view is read, of a series its first window.
     """
     if not str(out).endswith(".npz"):
         raise ValueError(f"{out}: codes are written as .npz; choose such a name")

@@ -27,7 +27,7 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1,
     """The signals of one split (or of "all"): of a folder, zip or table, or of the bundled set.
 
     None: curves that are drawn from Gaussian processes. The layout is printed. targets: scenes
-    have a view beside the context's.
+    have a view beside the context's, and images are squares; else the whole is squeezed to one.
     """
     if path == "":
         raise ValueError("--data is empty; give a folder or zip, or leave the option out")
@@ -42,7 +42,7 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1,
     elif cfg.task == "image":
         crop = bool(recipe and recipe.random_crop and split == "train")
         data = ImageSet(path, split, cfg.image_size, zoom, crop, limit,
-                        cfg.image_size // cfg.patch)
+                        cfg.image_size // cfg.patch, "crop" if targets else "squeeze")
     else:
         data = SceneSet(path, split, cfg.image_size, cfg.n_views + targets,
                         recipe.train_views if recipe else 0, limit, cfg.grid > 0)
@@ -318,14 +318,14 @@ LEGEND = {
     "psnr_unclamped": "the same of values as they are",
     "centers": "dB of the function's values at pixel centers, as in the papers; of a model with a "
                "grid psnr is of means over the pixels' areas",
-    "coverage": "part of the pixels within 1.96 predicted std of the mean",
+    "coverage": "part of the values within 1.96 predicted std of the mean",
     "nearest": "dB of pixels with the color of the nearest seen one",
     "filled": "dB of pixels with the mean color of the seen ones around",
     "white": "dB of a white picture", "context_view": "dB of the first context view",
     "large": "dB at the true larger image's size, of the function there",
     "large_bicubic": "the same of its own small picture enlarged",
     "truth_bicubic": "the same of the true small picture enlarged",
-    "large_coverage": "part of the larger image's pixels within 1.96 predicted std of the mean",
+    "large_coverage": "part of the larger image's values within 1.96 predicted std of the mean",
     "target_ll": "marginal log-likelihood per target, given the context alone",
     "context_ll": "the same of the context's own points",
     "gp": "the exact posterior, told the true kernel",

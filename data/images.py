@@ -41,7 +41,8 @@ class Tree:
             names = self.open_zip().namelist() if self.is_zip else files_below(self.path)
         except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as e:
             cut = self.is_zip and self.path.open("rb").read(2) == b"PK"
-            kind = "a broken or truncated zip; copy it again" if cut else "no such folder or zip"
+            kind = ("a broken or truncated zip; copy it again" if cut else "no such folder or zip"
+                    if not self.is_zip else "a file that is no zip; give a folder or zip")
             raise ValueError(printable(f"{path}: {kind} ({e})")) from e
         self.stored = {re.sub(r"^(\.?/)+", "", n.replace("\\", "/")): n for n in names}
         self.names = sorted(n for n in self.stored
@@ -263,7 +264,8 @@ def free_memory() -> float:
 class ImageSet(torch.utils.data.Dataset):
     """Pictures of one split of a folder or zip (None: the bundled ones); S = size, z = zoom.
 
-    set[i, seed]: centre square (3, S, S) uint8 and the same as (3, z S, z S), or None (z = 1).
+    set[i, seed]: centre square (3, S, S) uint8 and the same as (3, z S, z S), or None (z = 1); the
+    whole picture where fit is "squeeze".
     `.kept`: all of them; None if they fill half of the free memory: the files are read anew.
     `.native` (N,) bool: the file's short side has z S pixels; otherwise it is enlarged.
     `.names`, `.labels`: the bundled archive, or "all"; `.source`: the set in one line.
@@ -272,10 +274,11 @@ class ImageSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, path=None, split: str = "train", size: int = 64, zoom: int = 1,
-                 random_crop: bool = False, limit: int = 0, least: int = 1):
+                 random_crop: bool = False, limit: int = 0, least: int = 1, fit: str = "crop"):
         if random_crop and zoom > 1:
             raise ValueError(f"random crops have no zoom, and zoom={zoom}; leave one of them out")
         self.size, self.zoom, self.random_crop, self.least = size, zoom, random_crop, least
+        self.fit = fit
         paths = [path] if path else [DATA / "emoji.zip", DATA / "photos.zip"]
         files, sources = [], []
         for tree in map(Tree, paths):
@@ -310,7 +313,7 @@ class ImageSet(torch.utils.data.Dataset):
         """An encoded picture -> is native, pixels (not cropped if crops are random), large."""
         image = load_picture(data, self.least)
         short, large = min(image.size), None
-        size, fit = (max(short, self.size), "short") if self.random_crop else (self.size, "crop")
+        size, fit = (max(short, self.size), "short") if self.random_crop else (self.size, self.fit)
         if self.zoom > 1:
             large = to_tensor(resized(image, self.zoom * size))
         return short >= self.zoom * self.size, to_tensor(resized(image, size, fit)), large

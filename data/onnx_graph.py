@@ -120,8 +120,8 @@ def name_dimensions(values, shapes: dict[str, tuple]):
         dims = value.type.tensor_type.shape.dim
         for d, n in zip(dims, shape, strict=True):
             if (0 if isinstance(n, str) else n) != d.dim_value:
-                raise ValueError(f"{name} came out as {[d.dim_param or d.dim_value for d in dims]}, "
-                                 f"not as {list(shape)}")
+                raise ValueError(f"{name} came out as "
+                                 f"{[d.dim_param or d.dim_value for d in dims]}, not as {shape}")
             if isinstance(n, str):
                 d.dim_param = n
 

@@ -104,28 +104,29 @@ class Plot:
     """
 
     def __init__(self, size, xs, ys, x_name, y_name, x_ticks=ticks):
-        self.font = ImageFont.load_default(11 * FINE)
+        unit = self.unit = round(FINE * max(1, size[0] / 480))  # of letters and lines
+        self.font = ImageFont.load_default(11 * unit)
         self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.ranges = self.ends(xs, 0), self.ends(ys, 1)
         marks = x_ticks(*self.ranges[0]), ticks(*self.ranges[1])
-        left = 9 * FINE + max(map(self.font.getlength, marks[1].values()))
-        top, right, bottom = 20 * FINE, (size[0] - 14) * FINE, (size[1] - 34) * FINE
+        left = 9 * unit + max(map(self.font.getlength, marks[1].values()))
+        top, right, bottom = 20 * unit, self.image.width - 14 * unit, self.image.height - 34 * unit
         self.frame = (left, right), (bottom, top)
         taken = 0
         for x, label in zip(self.place(list(marks[0]), 0), marks[0].values()):
-            self.pen.line((x, top, x, bottom), "#e5e7eb", FINE)
+            self.pen.line((x, top, x, bottom), "#e5e7eb", unit)
             half = self.font.getlength(label) / 2
             x = min(x, self.image.width - half)
             if x - half >= taken:  # labels do not overlap
-                self.text((x, bottom + 15 * FINE), label, "ms")
-                taken = x + half + 6 * FINE
+                self.text((x, bottom + 15 * unit), label, "ms")
+                taken = x + half + 6 * unit
         for y, label in zip(self.place(list(marks[1]), 1), marks[1].values()):
-            self.pen.line((left, y, right, y), "#e5e7eb", FINE)
-            self.text((left - 5 * FINE, y), label, "rm")
-        self.pen.rectangle((left, top, right, bottom), outline="#9ca3af", width=FINE)
-        self.text((right, self.image.height - 6 * FINE), x_name, "rs")
-        self.text((left, 14 * FINE), y_name, "ls")
+            self.pen.line((left, y, right, y), "#e5e7eb", unit)
+            self.text((left - 5 * unit, y), label, "rm")
+        self.pen.rectangle((left, top, right, bottom), outline="#9ca3af", width=unit)
+        self.text((right, self.image.height - 6 * unit), x_name, "rs")
+        self.text((left, 14 * unit), y_name, "ls")
 
     def ends(self, values: np.ndarray, axis: int) -> tuple[float, float]:
         """Ends of an axis, with some room below and above the values of y."""
@@ -171,11 +172,11 @@ def curve_plots(grid, band, draws, x, y, mask, size=(480, 320), units=None, x_na
                     y_names[j] if y_names else "y", x_ticks)
         plot.pen.polygon(plot.points(t, high) + plot.points(t, low)[::-1], "#d6e4f5")
         for sample in draws:
-            plot.pen.line(plot.points(t, in_y(sample)), "#8fb3de", FINE, "curve")
-        plot.pen.line(plot.points(t, in_y(mean)), "#1f4e8c", 2 * FINE, "curve")
+            plot.pen.line(plot.points(t, in_y(sample)), "#8fb3de", plot.unit, "curve")
+        plot.pen.line(plot.points(t, in_y(mean)), "#1f4e8c", 2 * plot.unit, "curve")
         for u, v, color in reversed(dots):
             for point in plot.points(u, v):
-                plot.pen.circle(point, 3 * FINE, color)
+                plot.pen.circle(point, 3 * plot.unit, color)
         plots.append(np.array(plot.image.reduce(FINE)))
     return plots
 

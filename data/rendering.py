@@ -88,15 +88,16 @@ def panel_grid(columns: list[list[Tensor]]):
 @torch.no_grad()
 def curve_band(model, x, y, mask, points: int = 256) -> tuple[Tensor, Prediction, Tensor]:
     """A context x (N, 1), y and mask (N, D) -> a grid (K, 1) over [-2, 2], Prediction (K, D) on it,
-    and up to 5 curves drawn from the regression, or means of latent samples (S, K, D)."""
+    and up to 6 curves drawn from the regression, or means of latent samples (S, K, D)."""
     grid = torch.linspace(-2, 2, points)[None, :, None].to(model.freqs)
     context = {"x": x[None].to(grid), "y": y[None].to(grid), "mask": mask[None].to(grid)}
     draws = sample_curves(model, context, grid, 32, generator(8))
     band = Prediction(*(v[0] for v in mixture(draws)))
-    drawn = draws.mean[:5, 0] if len(draws.mean) > 1 else draws.mean[:0, 0]
+    drawn = draws.mean[:6, 0] if len(draws.mean) > 1 else draws.mean[:0, 0]
     if model.cfg.n_features:
         code, shape = model.encode(context), (1, model.cfg.n_values, 1, model.cfg.n_features)
-        noise = torch.randn(5, *shape, generator=generator(9)).to(grid)
+        noise = torch.randn(3, *shape, generator=generator(9)).to(grid)
+        noise = torch.cat((noise, -noise))  # so that few draws lie to both sides of the mean
         drawn = torch.cat([model.decode(model.draw(code, e), {"x": grid}).mean for e in noise])
     return grid[0], band, drawn
 
@@ -116,7 +117,9 @@ def table_parts(model, table) -> list[tuple]:
         raise ValueError(f"{', '.join(table.y_names[:d])}: no value beside an x; choose --columns")
     rows = table.x[:, 0].argsort(stable=True)
     rows = rows[mask[rows].any(1)]
-    for i in rows.tensor_split(-(-len(rows) // most)):
+    split = rows.tensor_split(max(1, -(-(len(rows) - 1) // (most - 1))))
+    for part, after in zip(split, (*split[1:], rows[:0])):  # each ends where the next one begins
+        i = torch.cat((part, after[:1]))
         x, values, units = curves.standardise(table.x[i], y[i], mask[i])
         parts.append((x, values, mask[i], units))
     return parts
@@ -138,7 +141,7 @@ def plot_case(model, case, i: int = 0) -> list:
 def render_curve(model, table, width: int):
     """Plots of a series, one a value; of a long one several, row by row (uint8)."""
     plots = []
-    for *xym, units in table_parts(model, table):
+    for *xym, units in track(table_parts(model, table), "rendering"):
         plots += plot_context(model, *((v, v[:0]) for v in xym), (width, width * 2 // 3), units,
                               table.x_name, table.y_names, table.origin)
     columns = math.isqrt(len(plots) - 1) + 1
@@ -213,8 +216,8 @@ def scene_context(model, scene, n: int = 0) -> dict:
     """
     n = n or model.cfg.n_views
     if len(scene.images) < n:
-        raise ValueError(f"{len(scene.images)} views, but this model reads {n}; give more, or "
-                         "take a model with fewer --views")
+        raise ValueError(f"{len(scene.images)} views, but {n} are to be read; give more, or fewer "
+                         "--views")
     views = scenes.spread_views(scene.poses, n)
     context = {"images": scene.images[None, views] / 255, "poses": scene.poses[None, views],
                "focals": scene.focals[None, views]}

@@ -293,7 +293,7 @@ def find_centre(poses: np.ndarray) -> tuple[np.ndarray, float]:
     across = len(poses) * np.eye(3) - back.T @ back
     origin = np.linalg.pinv(across, 1e-6) @ (eyes - depth * back).sum(0)
     radius = np.linalg.norm(eyes - origin, axis=1).mean()
-    if len(poses) > 1 and radius < 1e-4 * np.linalg.norm(eyes, axis=1).max():
+    if len(poses) > 1 and np.ptp(eyes, axis=0).max() < 1e-4 * np.abs(eyes).max():
         raise ValueError("all cameras stand in one place; poses must be camera-to-world: invert "
                          "world-to-camera ones")
     if not np.median(depth[:, 0] - back @ origin) > 1e-6 * radius:

@@ -180,8 +180,8 @@ def _layout(lines: list[str], notes: list[str]) -> tuple:
         j, cell = either[0]
         plain = any(row[j].isdigit() for row in cells if len(row) > j)  # 980 beside 1,234
         decimal = "," if "," in cell and delimiter == ";" and not plain else "."
-        notes.append(f"{cell} is taken for {_value(cell, delimiter, decimal, None):g}; write it "
-                     "without a mark of thousands, or with more decimals, if it is not")
+        notes.append(f"{cell} is read as the number {_value(cell, delimiter, decimal, None):g}; "
+                     "write it without a mark of thousands, or with more decimals, if it is not")
     return delimiter, decimal, day_first
 
 
@@ -353,6 +353,9 @@ def _series(lines: list[str], columns: str | None) -> Table:
         others = ", ".join(names[j] for j in kinds if j not in chosen)
         notes.append(f"columns that are not read: {others[:200]} (choose by x,y)")
     x, y = zip(*found)
+    if 3 * (again := len(x) - len(set(x))) > len(x):
+        notes.append(f"{again} of {len(x)} rows repeat a {names[chosen[0]]}: if they are of "
+                     "several series, keep the rows of one")
     x = _plain_dates(x) if kind is float else x
     origin = min(x) if isinstance(x[0], datetime) else None
     x = [[(v - origin) / DAY if origin else v] for v in x]

@@ -182,7 +182,7 @@ def test_products_in_double_precision_are_no_matmul(exported, name):
     assert "Einsum" in kinds and "MatMul" not in kinds
 
 
-def test_inputs_of_different_batches_are_refused_by_name(exported):
+def test_inputs_of_different_sizes_are_refused_by_name(exported):
     stem = exported.folder / "nvs-transinr"
     context, query = problem(exported.model(stem.name), 2, 5)
     code, _ = run_both(stem, context, query)
@@ -190,6 +190,10 @@ def test_inputs_of_different_batches_are_refused_by_name(exported):
     for feed in (first(code) | query, code | first(query)):
         with pytest.raises(Exception, match="the batch of rays_[od] must be that of wb0"):
             run_onnx(f"{stem}.decoder.onnx", feed)
+    with pytest.raises(Exception, match="the queries of rays_d must be that of rays_o"):
+        run_onnx(f"{stem}.decoder.onnx", code | query | {"rays_o": query["rays_o"][:, :1]})
+    with pytest.raises(Exception, match="the views of focals must be that of images"):
+        run_onnx(f"{stem}.encoder.onnx", context | {"focals": context["focals"][:, :1]})
 
 
 @pytest.mark.parametrize("name, batch, part", [

@@ -244,6 +244,38 @@ def change_scene(folder, **given):
     (folder / "transforms.json").write_text(json.dumps(meta | given))
 
 
+def test_what_wide_angle_cameras_see_is_shrunk_into_the_unit_sphere(tmp_path):
+    """The same picture, whatever the field; where the models have no such sphere, nothing is."""
+    cameras, focal = opposite_cameras(), 1.88 * 24
+    for name, wider in (("usual", 1), ("wide", 1.6)):
+        views = np.stack([draw_ball(p, *[focal / wider] * 2, 12, 12, 24, 24) for p in cameras])
+        write_layout(tmp_path / name, "nerfstudio", cameras, views)
+        change_scene(tmp_path / name, fl_x=focal / wider, fl_y=focal / wider, cx=12, cy=12, w=24,
+                     h=24)
+    read = lambda name, sphere: scenes.read_scene(images.Tree(tmp_path), name, 24, sphere=sphere)
+    usual, wide = read("usual", True), read("wide", True)
+    close(usual.poses, read("wide", False).poses)
+    close(wide.poses[:, :, 3] * 1.6, usual.poses[:, :, 3], 2e-3)
+    assert wide.scale == pytest.approx(1 / 1.6, abs=1e-3) and not usual.note
+    assert "scaled by 0.625, so that the unit sphere holds what is seen" in wide.note
+    _, focals = scenes.read_cameras(tmp_path / "wide/transforms.json", 24, wide)
+    close(focals, wide.focals)
+
+
+@pytest.mark.parametrize("mistake, words", [
+    (lambda poses: np.linalg.inv(poses), "all cameras stand in one place.*invert"),
+    (lambda poses: poses[:, [1, 2, 0, 3]], "the world's z is not up"),
+    (lambda poses: poses, "the background is not white")])
+def test_common_mistakes_of_scenes_are_named(tmp_path, mistake, words):
+    eyes = np.array([[4, 0, 1], [0, 4, 1], [-4, 0, 1], [0, -4, 1.0]])
+    eyes *= 4 / np.linalg.norm(eyes, axis=1, keepdims=True)
+    views = np.full((4, 8, 8, 3), 40 if "white" in words else 255, np.uint8)
+    write_layout(tmp_path / "a", "learnit", mistake(np.stack([*map(camera, eyes)])), views)
+    if "invert" in words:
+        return refused(words, scenes.read_scene, images.Tree(tmp_path), "a", 8)
+    assert re.search(words, scenes.read_scene(images.Tree(tmp_path), "a", 8).note)
+
+
 @pytest.mark.parametrize("cx, cy, fx, fy", [(41, 26, 90, 110), (30, 60.5, 70, 70)])
 def test_a_principal_point_off_the_middle_is_cropped_to(cx, cy, fx, fy, tmp_path):
     """The picture of 80 x 100 becomes what a camera with a centred one would see."""
@@ -583,9 +615,9 @@ def test_dates_of_every_form_are_days_since_the_first(days, dates):
 
 
 def test_a_mark_that_may_be_of_thousands_or_decimals_is_named():
-    for text, y, words in (("x;y\n1;1,234\n2;2,345\n", 1.234, "1,234 is taken for 1.234"),
-                           ("x\ty\n1\t1,234\n2\t2,345\n", 1234, "1,234 is taken for 1234"),
-                           ("x;y\n1;1.234\n2;2.345\n", 1.234, "1.234 is taken for 1.234"),
+    for text, y, words in (("x;y\n1;1,234\n2;2,345\n", 1.234, "1,234 is read as the number 1.234"),
+                           ("x\ty\n1\t1,234\n2\t2,345\n", 1234, "1,234 is read as the number 1234"),
+                           ("x;y\n1;1.234\n2;2.345\n", 1.234, "1.234 is read as the number 1.234"),
                            ("x;y\n0,5;1,234\n1,5;2,345\n", 1.234, "")):
         table = tables.read_table("t", None, text.encode())
         assert table.y[0].item() == y and " ".join(table.notes).startswith(words), text
