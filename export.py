@@ -432,8 +432,7 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
             files[part] = write(Graph(model, part, static), path, about, fp16)
         write_json(Path(folder, sidecar.name), about | {"files": files})
         if page:
-            example = None if cfg.task == "gp" else open_data(cfg, None, "test", limit=1)
-            pages.write(Path(folder, f"{stem.name}.html"), cfg, example, ort)
+            pages.write(Path(folder, f"{stem.name}.html"), cfg, pages.signals(cfg), ort)
         for path in sorted(Path(folder).iterdir()):
             size = path.stat().st_size / 1e6
             click.echo(f"wrote {path.replace(stem.parent / path.name)} ({size:.2f} MB)")

@@ -16,6 +16,9 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from data.evaluation import open_data
+from data.scenes import find_scene, read_scene, spread_views
+
 VERSION = "1.30.0"
 HASHES = {  # of the files in the dist folder of the npm package
     "ort.wasm.bundle.min.mjs":
@@ -29,7 +32,7 @@ CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 def write(path: Path, cfg, data, ort: str | None):
     """Write STEM.html beside STEM.json; with `ort`, a dist folder, copy onnxruntime-web there too.
 
-    data: signals of the model's task, the first of which the page shows, or None. Errors: OSError.
+    data: an ImageSet, the first of which the page shows, a Scene, or None. Errors: OSError.
     """
     hashes = dict(HASHES)
     for name in hashes if ort else ():
@@ -46,22 +49,31 @@ def write(path: Path, cfg, data, ort: str | None):
     path.write_text(page.replace("SETUP_OF_THE_EXPORT", text), encoding="utf-8")
 
 
+def signals(cfg):
+    """Signals of test: images, a Scene, whose licence asks for no credit, or None: curves."""
+    if cfg.task == "nvs":
+        bear = Path(__file__).parent / "furniture.zip/furniture/blendswap-cc-0-teddybear"
+        return read_scene(*find_scene(bear), cfg.image_size)
+    return open_data(cfg, None, "test", limit=1) if cfg.task == "image" else None
+
+
 def example(cfg, data) -> dict | None:
     """The first signal of a set: images as data URIs; cameras of a scene, the first also as a view.
 
-    Of a scene four views, where a model has a grid: they show more than one does. The page draws a
+    Of a scene four views, where a model has a grid, spread around it. The page draws a
     scene from a camera on a sphere around it, at angles x (azimuth) and y.
     """
     if cfg.task == "image":
         return {"images": [data_uri(data[0, 0][0])]}
     if cfg.task == "nvs":
         n = max(cfg.n_views, 4 if cfg.grid else 1)
-        cameras = {k: getattr(data, k)[:n].tolist() for k in ("poses", "focals")}
+        views = sorted(spread_views(data.poses, n))
+        cameras = {k: getattr(data, k)[views].tolist() for k in ("poses", "focals")}
         x, y, z = (row[3] for row in cameras["poses"][0])
         view = {"x": math.atan2(y, x), "y": math.atan2(z, math.hypot(x, y)),
                 "r": math.hypot(x, y, z), "zoom": 1,
                 "focal": [f / cfg.image_size for f in cameras["focals"][0]]}
-        images = [data_uri(v) for v in data.images[:n]]
+        images = [data_uri(v) for v in data.images[views]]
         return {"images": images, "view": view} | cameras
     return None
 
