@@ -249,7 +249,7 @@ SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
         grid=64, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
-        grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
+        grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006, conv_nodes=32),
     ("gp", "vnp"): CURVES | OURS | dict(
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
@@ -1146,12 +1146,12 @@ class ConvFeatures(nn.Module):
 
     WIDTH = 64
 
-    def __init__(self, channels: int, n: int, image_size: int, out: int = 0):
+    def __init__(self, channels: int, n: int, image_size: int, out: int = 0, dilations=(1, 2)):
         super().__init__()
         width, patch = self.WIDTH, image_size // n
         self.parts = nn.Conv2d(channels, width, patch, patch)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d)
-                                   for d in (1, 2))
+                                   for d in dilations)
         self.head = nn.Linear(width, out) if out else nn.Identity()
 
     def forward(self, images):
@@ -1172,7 +1172,8 @@ class ViewMaps(nn.Module):
     def __init__(self, n: int, image_size: int, width: int):
         super().__init__()
         self.image_size = image_size
-        self.conv = ConvFeatures(3, n, image_size)
+        dilations = (1, 2, 4, 8)[: max(2, (n // 8).bit_length())]  # of as many pixels for any n
+        self.conv = ConvFeatures(3, n, image_size, dilations=dilations)
         self.head = nn.Linear(ConvFeatures.WIDTH, 2 * width)
         for p in self.head.parameters():
             nn.init.zeros_(p)
