@@ -162,8 +162,9 @@ class ModelConfig(Checked):
             raise ValueError(f"conv_nodes={n} needs patches that cover the image_size="
                              f"{self.image_size} without padding; set it to 0")
         if self.grid and (self.grid < 2 or self.grid % self.side):
+            fit = max(2, self.side, self.grid // self.side * self.side)
             raise ValueError(f"grid={self.grid} must be a multiple of the {self.side} tokens along "
-                             f"an axis; try {max(2, self.side) if self.side <= 256 else 0}")
+                             f"an axis; try {fit if self.side <= 256 else 0}")
 
     @property
     def n_patches(self) -> int:

@@ -357,7 +357,7 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
     without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
     prediction, which .csv holds, too.
     """
-    model, suffix = load(ckpt, choose_device(device).name), Path(out).suffix
+    model, suffix = load(ckpt, choose_device(device).name), Path(out).suffix.lower()
     cfg, code = model.cfg, {}
     size = size or (128 if cfg.task == "nvs" else 512)
     check_options(cfg, tto=tto, views=views, pose=pose, mask=mask, columns=columns)
@@ -399,7 +399,7 @@ def write_numbers(columns: dict, out: str):
     """Write named arrays or tensors as .npz, or columns of numbers as .csv, as `out` says."""
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     with atomic(out) as part:
-        if out.endswith(".npz"):
+        if out.lower().endswith(".npz"):
             with open(part, "wb") as f:
                 with zipfile.ZipFile(f, "w") as archive:  # np.savez takes no array named "file"
                     for name, values in columns.items():
@@ -427,7 +427,7 @@ def encode_command(ckpt, source, out, tto, views, device):
     The code of a TransINR is an MLP's weights, that of a VNP its tokens. A picture is squeezed to
     a square; of a scene the first view is read, of a series its first window.
     """
-    if not str(out).endswith(".npz"):
+    if not str(out).lower().endswith(".npz"):
         raise ValueError(f"{out}: codes are written as .npz; choose such a name")
     device = choose_device(device)
     model = load_for(ckpt, device, views)
