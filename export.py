@@ -119,7 +119,7 @@ def notes(cfg: ModelConfig, most_views: int) -> list[str]:
         "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] nonsense": True,
         "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB":
             not sphere,
-        "decode in calls of about 512 rays: as fast as more, with 150 MB for 4 views; the memory "
+        "decode in calls of about 512 rays: as fast as more, with 200 MB for 4 views; the memory "
         "grows with rays x views": sphere,
         "opset 18 runs from onnxruntime 1.14 on, opset 20 from 1.17 on": True}.items() if holds]
 
