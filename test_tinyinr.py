@@ -154,7 +154,7 @@ def test_fields_that_do_not_fit_are_refused_with_a_remedy(given, remedy):
 
 @pytest.mark.parametrize("task, sizes, want", [
     ("image", {}, 32), ("image", dict(image_size=16, patch=4, grid=4), 4),
-    ("image", dict(image_size=96, grid=48), 16), ("nvs", {}, 16), ("nvs", dict(image_size=40), 8)])
+    ("image", dict(image_size=96, grid=48), 16), ("nvs", {}, 32), ("nvs", dict(image_size=40), 8)])
 def test_convolved_parts_fit_the_image_and_its_grid(task, sizes, want):
     assert make_config("small", task, **sizes)[0].n_parts == want
 
