@@ -115,7 +115,7 @@ def notes(cfg: ModelConfig, most_views: int) -> list[str]:
             vnp and cfg.latent_pool == "query",
         "with the same eps a value does not depend on how queries are cut into calls":
             vnp and cfg.latent_pool == "context",
-        "all inputs of a call have the same batch": True,
+        "inputs of a call agree in batch, views, points and queries": True,
         "values are not checked: a NaN gives NaN or an error, colors beyond [0, 1] nonsense": True,
         "decode in calls of about 4,096 queries: the fastest, with 100 MB; 262,144 need 1 to 2 GB":
             not sphere,
@@ -279,11 +279,16 @@ def describe(cfg: ModelConfig, most_views: int, opset: int, sha256: str) -> dict
 # ------------------------------------------------------------------------- half precision
 
 
-def round_weights(model: nn.Module):
-    """Round the matrices to half precision, but none of the INR that a TransINR generates."""
+def round_weights(model: nn.Module) -> str:
+    """Round the matrices, none of a generated INR, to half precision; returns what it costs."""
+    several = model.cfg.n_values > 1  # no bundled test signals are like these
+    before = 0.0 if several else quality(model)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.weight.copy_(module.weight.half())
+    return "" if several else (
+        f": {'LL' if model.cfg.task == 'gp' else 'PSNR'} of a few test signals of all kinds "
+        f"{quality(model):.4f}, with the checkpoint's weights {before:.4f}")
 
 
 def quality(model: nn.Module) -> float:
@@ -419,10 +424,7 @@ def export_one(ckpt: Path, stem: Path, opset, static, fused, fp16, page, ort) ->
                      hashlib.sha256(ckpt.read_bytes()).hexdigest())
     click.echo(f"{cfg.model} on {cfg.task}, opset {opset}\n  " + "\n  ".join(about["notes"]))
     if fp16:
-        before, _, after = quality(model), round_weights(model), quality(model)
-        kind = "LL" if cfg.task == "gp" else "PSNR"
-        lost = (f"matrices are stored in half precision: {kind} of a few test signals of all kinds "
-                f"{after:.4f}, with the checkpoint's weights {before:.4f}")
+        lost = "matrices are stored in half precision" + round_weights(model)
         about["notes"].append(lost)
         click.echo(f"  {lost}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=stem.parent) as folder:

@@ -400,11 +400,10 @@ def write_numbers(columns: dict, out: str):
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     with atomic(out) as part:
         if out.lower().endswith(".npz"):
-            with open(part, "wb") as f:
-                with zipfile.ZipFile(f, "w") as archive:  # np.savez takes no array named "file"
-                    for name, values in columns.items():
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                            np.lib.format.write_array(entry, np.asanyarray(values))
+            with zipfile.ZipFile(part, "w") as archive:  # np.savez takes no array named "file"
+                for name, values in columns.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asanyarray(values))
         else:
             with open(part, "w", encoding="utf-8", newline="") as f:
                 writer, digits = csv.writer(f, lineterminator="\n"), [15] + [8] * len(columns)
@@ -425,7 +424,7 @@ def encode_command(ckpt, source, out, tto, views, device):
     """Store the codes of all signals of a FOLDER or zip in an .npz: `names`, and (N, ...) arrays.
 
     The code of a TransINR is an MLP's weights, that of a VNP its tokens. A picture is squeezed to
-    a square; of a scene the first view is read, of a series its first window.
+    a square; of a scene the first view is read, or --views around it, of a series its first window.
     """
     if not str(out).lower().endswith(".npz"):
         raise ValueError(f"{out}: codes are written as .npz; choose such a name")

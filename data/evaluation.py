@@ -32,10 +32,10 @@ def open_data(cfg, path, split: str, recipe=None, limit: int = 0, zoom: int = 1,
     if path == "":
         raise ValueError("--data is empty; give a folder or zip, or leave the option out")
     if cfg.task == "gp":
-        if path is None and cfg.n_values > 1:
-            raise ValueError(f"n_values={cfg.n_values}, but curves that are drawn have one value; "
-                             "give tables with --data")
         if path is None:
+            if cfg.n_values > 1:
+                raise ValueError(f"n_values={cfg.n_values}, but curves that are drawn have one "
+                                 "value; give tables with --data")
             return None
         data = curves.CurveSet(path, split, limit=limit, n_values=cfg.n_values,
                                points=48 if cfg.n_values == 1 else WINDOW)

@@ -278,7 +278,7 @@ class ImageSet(torch.utils.data.Dataset):
         if random_crop and zoom > 1:
             raise ValueError(f"random crops have no zoom, and zoom={zoom}; leave one of them out")
         self.size, self.zoom, self.random_crop, self.least = size, zoom, random_crop, least
-        self.fit = fit
+        self.fit = "short" if random_crop else fit
         paths = [path] if path else [DATA / "emoji.zip", DATA / "photos.zip"]
         files, sources = [], []
         for tree in map(Tree, paths):
@@ -313,10 +313,10 @@ class ImageSet(torch.utils.data.Dataset):
         """An encoded picture -> is native, pixels (not cropped if crops are random), large."""
         image = load_picture(data, self.least)
         short, large = min(image.size), None
-        size, fit = (max(short, self.size), "short") if self.random_crop else (self.size, self.fit)
+        size = max(short, self.size) if self.random_crop else self.size
         if self.zoom > 1:
             large = to_tensor(resized(image, self.zoom * size))
-        return short >= self.zoom * self.size, to_tensor(resized(image, size, fit)), large
+        return short >= self.zoom * self.size, to_tensor(resized(image, size, self.fit)), large
 
     def __len__(self):
         return len(self.files)

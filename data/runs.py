@@ -73,6 +73,9 @@ def processes(device: str):
     if not dist.is_torchelastic_launched():
         yield
         return
+    # Imported later, its functions would have the group as a default: the group's threads would
+    # then live on and, once in hundreds of runs, abort the process when it ends.
+    import torch.distributed.nn  # noqa: F401
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

@@ -31,10 +31,10 @@ EXPORTS = {  # name -> (model or official checkpoint, options); every cell, opse
     "nvs-transinr": (PARITY / "transinr_nvs_1.pth", []),
     "nvs-vnp": (dict(task="nvs", model="vnp", conv_nodes=16), ["--opset", "18"]),
     "nvs-vnp-official": (PARITY / "vnp_1.pth", []),
-    "gp-transinr": (dict(task="gp", model="transinr"), []),
+    "gp-transinr": (dict(task="gp", model="transinr", grid=0), []),
     "gp-vnp": (dict(task="gp", model="vnp"), ["--opset", "18"]),
     "gp-transinr-two": (dict(task="gp", model="transinr", n_values=2), []),
-    "gp-vnp-fused": (dict(task="gp", model="vnp"), ["--fused"]),
+    "gp-vnp-fused": (dict(task="gp", model="vnp", grid=0), ["--fused"]),
     "image-transinr-half": (dict(task="image", model="transinr", dim=64), ["--fp16"]),
     "nvs-vnp-half": (dict(task="nvs", model="vnp", dim=64),
                      ["--fp16", "--static", "batch=1,queries=50,views=2"])}
@@ -172,7 +172,7 @@ def test_angles_of_sines_and_cosines_are_reduced(exported):
     assert angles and all(3 < values[k].abs().max() < 3.1417 for k in angles)
 
 
-@pytest.mark.parametrize("name", ["gp-transinr", "gp-vnp"])
+@pytest.mark.parametrize("name", ["gp-transinr-two", "gp-vnp"])
 def test_products_in_double_precision_are_no_matmul(exported, name):
     """onnxruntime up to 1.17 joins one and a transposition to a kernel of single precision only."""
     graph = onnx.load(exported.folder / f"{name}.encoder.onnx").graph
@@ -211,6 +211,7 @@ def test_half_precision_is_stored_for_the_matrices_of_the_model(exported, name, 
     note = json.loads(Path(f"{stem}.json").read_text())["notes"][-1]
     rounded, exact = map(float, re.findall(r"\d+\.\d+", note))
     assert note in exported.printed[name] and abs(rounded - exact) < 0.1
+    assert export.round_weights(tiny("gp", "vnp", n_values=2)) == ""  # none of these is bundled
 
 
 def test_a_folder_becomes_the_same_bytes_again_and_a_table(tmp_path, exported):

@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from datetime import datetime
@@ -655,3 +657,24 @@ def hostile(kind, folder):
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_damaged_files_are_read_or_refused(kind, tmp_path):
     check_damaged(kind, tmp_path, *hostile(kind, tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are seen on Linux alone")
+def test_no_thread_of_a_group_of_processes_outlives_it():
+    """One that does can abort a process at its end. In a fresh interpreter of one process."""
+    program = """
+import glob
+from data.runs import processes
+threads = lambda: print(*sorted({open(f"{path}/comm").read().strip() for path in
+                                 glob.glob("/proc/self/task/*")}))
+with processes("cpu"):
+    import torch.distributed.nn.functional
+    threads()
+threads()
+"""
+    one = {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "WORLD_SIZE": "1",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    lines = subprocess.check_output([sys.executable, "-c", program], text=True,
+                                    cwd=Path(__file__).parent.parent, env=os.environ | one)
+    during, after = map(str.split, lines.splitlines())
+    assert "pt_gloo_runloop" in during and len(after) == 1
