@@ -1,6 +1,7 @@
 """What surrounds a training run: its processes, its folder's lock and log, progress bars."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -75,7 +76,7 @@ def processes(device: str):
         return
     # Imported later, its functions would have the group as a default: the group's threads would
     # then live on and, once in hundreds of runs, abort the process when it ends.
-    import torch.distributed.nn  # noqa: F401
+    importlib.import_module("torch.distributed.nn")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
