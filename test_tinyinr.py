@@ -898,6 +898,15 @@ def test_official_arguments_are_read_or_refused(change, fields, tmp_path):
         assert asdict(tinyinr.load(tmp_path / "c.pth").cfg).items() >= fields.items()
 
 
+@pytest.mark.parametrize("part", [None, "tokenizer", "self_attender", "hierarchical_model"])
+def test_an_official_argument_that_is_not_known_is_refused(part, tmp_path):
+    ckpt = torch.load(PARITY / "vnp_1.pth", weights_only=True)
+    args = ckpt["model"]["args"]
+    (args[part]["args"] if part else args)["normalize"] = True
+    torch.save(ckpt, tmp_path / "c.pth")
+    refused("argument='normalize' is unknown", tinyinr.load, tmp_path / "c.pth")
+
+
 def test_the_file_alone_loads_and_trains(tmp_path):
     """In an empty folder, without data/: import, load, encode, decode and 20 training steps."""
     for file in (ROOT / "tinyinr.py", PARITY / "transinr_image_1.pth"):

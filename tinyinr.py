@@ -14,7 +14,7 @@ the context, in one forward pass, and return the function itself:
 
 Shapes:  B batch   V views    H, W image   N context points   M targets       K points of the field
          T tokens  D width    R rays       P points per ray   L latent blocks Z latent width
-         (of a curve's x, y and predictions D is the number of values)
+         C channels of coordinates or values; of a curve's y and predictions D is their number
 
 task   context                                                query                     mean
 image  image (B, 3, H, W); mask (B, 1, H, W), 1 = seen        coords (B, M, 2)          (B, M, 3)
@@ -27,8 +27,8 @@ camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are i
 x is in [-2, 2], its y has mean 0 and a std of about 0.5. Masks, near, far and points_per_ray are
 optional. std has the shape of mean; None: deterministic model. In training a query may also have
 jitter (B, R, P or 1) of the points along rays, mask (B, M, D), 1 = the target is known, n_known
-(1), how many of a signal's are on average, and var (B, M, D), the variance of what the target is
-the mean of.
+(1,), the mean number of known targets a signal of the whole batch, and var (B, M, D), the variance
+of what the target is the mean of.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Checked:
 
 @dataclass
 class ModelConfig(Checked):
-    """All that rebuilds a model from a checkpoint; the defaults are [1]'s model of images."""
+    """All that rebuilds a model from a checkpoint; the defaults: [1] of images, [2]'s decoder."""
 
     task: str = one_of("image", "nvs", "gp")
     model: str = one_of("transinr", "vnp")
@@ -108,7 +108,7 @@ class ModelConfig(Checked):
     padding: int = bounded(1)
     masked: bool = False  # images: the model also reads which pixels were seen
     voxels: int = bounded(5, 2, 64)  # scenes with a feature grid: tokens along an axis of space
-    conv_nodes: int = bounded(0, 0, 256)  # images, scenes with a grid: see n_parts
+    conv_nodes: int = bounded(0, 0, 256)  # images, scenes with a grid: convolutions, see n_parts
     n_values: int = bounded(1, 1, 256)  # curves: D
     n_convs: int = bounded(0, 0, 64)  # curves: residual convolutions of the set convolution
     n_features: int = bounded(0, 0, 512)  # curves with a grid: of the exact regression; 0: none
@@ -144,10 +144,10 @@ class ModelConfig(Checked):
                 raise ValueError(f"{name}={a} must divide {of}={b}; try {math.gcd(a, b)}")
         if not self.near < self.far:
             raise ValueError(f"near={self.near} must be below far={self.far}")
-        padded, two = self.image_size + 2 * self.padding, self.task == "nvs" and self.grid > 0
-        if self.task != "gp" and self.n_patches < 1 + two:  # a grid interpolates views' patches
-            raise ValueError(f"patch={self.patch} must be at most {'half of ' * two}the padded "
-                             f"image_size={padded}")
+        needs_two = self.task == "nvs" and self.grid > 0  # a grid interpolates views' patches
+        if self.task != "gp" and self.n_patches < 1 + needs_two:
+            raise ValueError(f"patch={self.patch} must be at most {'half of ' * needs_two}the "
+                             f"padded image_size={self.image_size + 2 * self.padding}")
         if self.n_features and not (self.task == "gp" and self.grid):
             raise ValueError(f"n_features={self.n_features} is for curves with a grid; set it to 0")
         if 2 * self.n_harmonics > (most := max(0, self.n_features - 1)):
@@ -195,12 +195,12 @@ class ModelConfig(Checked):
 
 
 SET_POINTS, SET_RANGE, SET_STRIDE = 192, 2.4, 4  # a curve's set convolution and tokens
-MAX_CONTEXT, WINDOW = 46, SET_POINTS // 2  # points of a context, as [2]; where D > 1 of a window
+MAX_CONTEXT, WINDOW = 46, SET_POINTS // 2  # points of a context, as TNP; where D > 1 of a window
 
 
 @dataclass
 class TrainConfig(Checked):
-    """The recipe of a training run; the defaults are [1]'s."""
+    """The recipe of a training run; the defaults are [1]'s of images."""
 
     preset: str = "small"
     steps: int = bounded(0, 0, 2**40)  # length of the run: the first of these that is not 0
@@ -227,7 +227,7 @@ class TrainConfig(Checked):
     augment: bool = False  # scenes: mirror them and permute their colors
     balance: float = bounded(0.0, 0, 1)  # scenes: a class of n objects is drawn as n^(1 - balance)
     shared_rays: bool = False  # scenes: the same pixels and jitter for the whole batch, as in [1]
-    more_views: int = bounded(0, 0, 1024)  # scenes: n of 2 n + 1 steps have 1 to n more
+    more_views: int = bounded(0, 0, 1024)  # scenes: n of 2 n + 1 steps have 1 to n more to read
     target_views: int = bounded(1, 1, 1024)  # scenes: views that a step's rays come from
     train_views: int = bounded(0)  # scenes: only the first ones of an object; 0: all
     kernel: str = one_of("rbf", "matern52", "periodic", "all", "series")  # of curves in training
@@ -271,8 +271,8 @@ SHAPENET = dict(image_size=128, patch=8, padding=0, freq_top=256.0, out_bias=0.0
                 shared_rays=True)  # of cars; chairs: repeats=1, lamps: repeats=3
 PRESETS = {
     "small": SMALL,
-    "paper-small": {cell: kwargs | PAPER[cell[0]] | PAPER[cell[1]]
-                    for cell, kwargs in SMALL.items()},
+    "paper-small": {(task, model): kwargs | PAPER[task] | PAPER[model]
+                    for (task, model), kwargs in SMALL.items()},
     "transinr-celeba": {("image", "transinr"): dict(epochs=30)},
     "transinr-imagenette": {("image", "transinr"): dict(epochs=400, random_crop=True, flip=True)},
     "transinr-shapenet": {("nvs", "transinr"): SHAPENET | dict(
@@ -377,7 +377,7 @@ def volume_render(rgb, sigma, z_vals, background=1.0) -> tuple[Tensor, Tensor, T
     to the product of (1 - alpha), with finite gradients behind an opaque point. Always fp32.
     """
     rgb, sigma, z_vals = to_fp32(rgb), to_fp32(sigma), to_fp32(z_vals)
-    delta = F.pad(z_vals[..., 1:] - z_vals[..., :-1], (0, 1), value=1e-3)
+    delta = F.pad(z_vals[..., 1:] - z_vals[..., :-1], (0, 1), value=1e-3)  # the last, as in [1]
     tau = sigma * delta
     tau_before = F.pad(tau, (1, 0))[..., :-1].cumsum(-1)  # optical depth in front of a point
     weights = torch.exp(-tau_before) * (1 - torch.exp(-tau))  # (B, R, P)
@@ -489,9 +489,9 @@ class SetTokenizer(nn.Module):
     """Points {(x, y)} (B, N, 1), (B, N, D) -> tokens (B, T, dim), T for any N ([2] Sec. 3.2).
 
     A set convolution onto a regular grid with density channels, at several scales, then strided
-    convolutions (our reading: the 1D code of [2] is not public). Besides the points' density and
-    mean value every grid point gets their mean offset and the values' first moment, so that
-    nothing is lost to the spacing of the grid. mask (B, N, D): 1 = observed.
+    convolutions (our reading: we could not read the supplement of [2] that has its 1D code).
+    Besides the points' density and mean value every grid point gets their mean offset and the
+    values' first moment: nothing is lost to the grid's spacing. mask (B, N, D): 1 = observed.
     """
 
     def __init__(self, n_values: int, dim: int, n_convs: int = 0, n_scales: int = 4):
@@ -511,8 +511,8 @@ class SetTokenizer(nn.Module):
         """Kernel regression of the set on the grid, (B, 4 D S, G) at S scales."""
         values = torch.cat((mask, mask * y), -1)  # (B, N, 2 D)
         offset = (x.mT - self.points[:, None]).unsqueeze(1) / self.scales[:, None, None]
-        # (B, S, G, N); where it underflows, a CPU's exp takes 20 times as long
-        weights = torch.exp(-0.5 * offset.square().clamp(max=160))
+        # where it underflows, a CPU's exp takes 20 times as long
+        weights = torch.exp(-0.5 * offset.square().clamp(max=160))  # (B, S, G, N)
         zeroth, first = (w.flatten(1, 2) @ values for w in (weights, weights * offset))
         density, sums = zeroth.chunk(2, -1)  # (B, S G, D)
         means = torch.cat((sums, first), -1) / (density.repeat(1, 1, 3) + 1e-4)
@@ -786,18 +786,19 @@ def inr(code: dict[str, Tensor], x: Tensor, freqs=None, out_bias=None, h0=0.0) -
 
     code {layer: (B, in + 1, out)}, the bias in the last row, layers in order; x (B, M, C), or
     (1, M, C) shared by the batch. freqs (F,) and out_bias default to the papers': for C = 2
-    frequencies up to 1024 and 0.5, else up to 256 and 0. h0 (B, M, width) is added to the first
-    layer's output. Returns raw values (B, M, out). Errors: ValueError where freqs do not fit, or
-    the code has a feature grid, which `model.decode` reads.
+    frequencies up to 1024 and 0.5, else up to 256 and 0; of a model with others pass its `freqs`
+    and `signal.out_bias`. h0 (B, M, width) is added to the first layer's output. Returns raw
+    values (B, M, out). Errors: ValueError where freqs do not fit, or the code has a feature grid,
+    which `model.decode` reads.
     """
     if "grid" in code:
         raise ValueError("this code has a feature grid, which an MLP does not read: use "
                          "model.decode(code, query)")
-    (first, *rest), image = code.values(), x.shape[-1] == 2
-    n_inputs = first.shape[1] - 1
+    first, *rest = code.values()
+    n_inputs, is_image = first.shape[1] - 1, x.shape[-1] == 2
     if freqs is None:
-        freqs = frequencies(n_inputs // (2 * x.shape[-1]), 1024.0 if image else 256.0)
-    encoded = positional_encoding(x, freqs.to(x.device), math.pi if image else 1.0)
+        freqs = frequencies(n_inputs // (2 * x.shape[-1]), 1024.0 if is_image else 256.0)
+    encoded = positional_encoding(x, freqs.to(x.device), math.pi if is_image else 1.0)
     if encoded.shape[-1] != n_inputs:
         raise ValueError(f"{x.shape[-1]} coordinates x {len(freqs)} frequencies give "
                          f"{encoded.shape[-1]} inputs, but the first layer has {n_inputs}: pass "
@@ -806,7 +807,7 @@ def inr(code: dict[str, Tensor], x: Tensor, freqs=None, out_bias=None, h0=0.0) -
                            first[:, :-1])  # (B, M, width): b + x W
     for wb in rest:
         h = torch.baddbmm(wb[:, -1:], h.relu_(), wb[:, :-1])
-    return h + (0.5 if image else 0.0) if out_bias is None else h + out_bias
+    return h + (0.5 if is_image else 0.0) if out_bias is None else h + out_bias
 
 
 def weight_head(dim: int, n: int) -> nn.Sequential:
@@ -822,7 +823,7 @@ class TransINR(Model):
         widths = [2 * self.signal.coord_dim * cfg.n_freqs] + [cfg.inr_width] * (cfg.inr_depth - 1)
         names = [f"wb{i}" for i in range(cfg.inr_depth)]
         names[-1] = self.signal.last_layer or names[-1]
-        self.shapes = dict(zip(names, zip(widths, widths[1:] + [self.signal.out_dim])))
+        self.shapes = dict(zip(names, zip(widths, widths[1:] + [self.signal.out_dim])))  # in, out
         self.tokens_per_layer = [min(cfg.n_groups, out) for _, out in self.shapes.values()]
         self.tokenizer = self.signal.tokenizer()
         self.weight_tokens = nn.Parameter(torch.randn(sum(self.tokens_per_layer), cfg.dim))
@@ -833,7 +834,8 @@ class TransINR(Model):
         self.base = nn.ParameterDict({name: torch.empty(n + 1, out)
                                       for name, (n, out) in self.shapes.items()})
         for wb in self.base.values():  # the usual start of a linear layer, bias included
-            nn.init.uniform_(wb, -(wb.shape[0] - 1) ** -0.5, (wb.shape[0] - 1) ** -0.5)
+            bound = (len(wb) - 1) ** -0.5
+            nn.init.uniform_(wb, -bound, bound)
 
     def transform(self, context: dict) -> tuple[Tensor, Tensor]:
         """The Transformer's outputs at the data tokens and at the weight tokens, (B, ., D)."""
@@ -918,9 +920,9 @@ class LatentBlock(nn.Module):
 
         weight (B, M, 1): which of the set count in its mean, None: all; that of an empty set is 0.
         """
-        x = value if target is None else torch.cat((value, target), -1)
-        set_mlp, out_mlp = (self.prior_in, self.prior_out) if target is None else (
-            self.post_in, self.post_out)
+        x, set_mlp, out_mlp = value, self.prior_in, self.prior_out
+        if target is not None:
+            x, set_mlp, out_mlp = torch.cat((value, target), -1), self.post_in, self.post_out
         h = set_mlp(x.to(self.mod1.weight.dtype))
         weight = torch.ones_like(h[..., :1]) if weight is None else weight.to(h.dtype)
         h = (h * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
@@ -1615,15 +1617,15 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
         prediction, kl = model.posterior_predict(code, query, target, eps)
     else:
         prediction, kl = model.decode(code, query), target.new_zeros(1)
-    mask, per = query.get("mask"), target[0].numel()  # (B, M, C): which targets are known
+    mask, n_known = query.get("mask"), target[0].numel()  # (B, M, C): which targets are known
     if mask is not None:
-        per = query.get("n_known", mask.sum() / len(target)).sum().clamp(min=1)  # of a signal
-    mean = lambda v: (v if mask is None else v * mask).sum() / (per * len(target))
+        n_known = query.get("n_known", mask.sum() / len(target)).sum().clamp(min=1)  # of a signal
+    mean = lambda v: (v if mask is None else v * mask).sum() / (n_known * len(target))
     mse = mean((prediction.mean.float() - target).square())
     loss = mean(model.signal.error(prediction, target))
     if "var" in query:
         loss = loss + 0.5 * mean(query["var"] / prediction.std.float().square())
-    return loss + kl_weight * kl.mean() / (1 if prediction.std is None else per), mse
+    return loss + kl_weight * kl.mean() / (1 if prediction.std is None else n_known), mse
 
 
 def generator(*key: int) -> torch.Generator:
@@ -1733,6 +1735,16 @@ OFFICIAL_KEYS = (  # names in the official checkpoints, as patterns, and ours
 )
 
 
+BLOCK_ARGS = "dim depth n_head head_dim ff_dim dropout"
+
+
+def known(args: dict, names: str) -> dict:
+    """The arguments of a part of an official model; ValueError for one that is none of `names`."""
+    for name in args:
+        check_choice("argument", name, names.split())
+    return args
+
+
 def one_size(name: str, value) -> int:
     """A side in pixels that is a number, or a pair of equal ones."""
     pair = list(value) if isinstance(value, (list, tuple)) else [value, value]
@@ -1747,22 +1759,25 @@ def official_config(model: dict, run: dict) -> ModelConfig:
     What the config left out has the official code's default; what a ModelConfig cannot express is
     refused: ValueError.
     """
-    args, sd, transinr = model["args"], model["sd"], model["name"] == "trans_inr"
     check_choice("model name", model["name"], ("trans_inr", "versatile_np"))
-    tokenizer = args["tokenizer"]
-    check_choice("tokenizer", tokenizer["name"], ("imgrec_tokenizer", "nvs_tokenizer"))
-    trunk = args["transformer_encoder" if transinr else "self_attender"]["args"]
-    image = tokenizer["name"] == "imgrec_tokenizer"
+    sd, transinr = model["sd"], model["name"] == "trans_inr"
+    args = known(model["args"], "tokenizer hyponet n_groups transformer_encoder" if transinr else
+                 "tokenizer self_attender cross_attender hierarchical_model pe_dim")
+    check_choice("tokenizer", args["tokenizer"]["name"], ("imgrec_tokenizer", "nvs_tokenizer"))
+    image = args["tokenizer"]["name"] == "imgrec_tokenizer"
+    views = known(args["tokenizer"]["args"], "input_size patch_size padding img_channels")
+    trunk = known(args["transformer_encoder" if transinr else "self_attender"]["args"], BLOCK_ARGS)
     sizes = dict(
         task="image" if image else "nvs", dim=trunk["dim"], depth=trunk["depth"],
         n_heads=trunk["n_head"], head_dim=trunk["head_dim"], ff_dim=trunk["ff_dim"],
-        image_size=one_size("input_size", tokenizer["args"]["input_size"]),
-        patch=one_size("patch_size", tokenizer["args"]["patch_size"]),
-        padding=one_size("padding", tokenizer["args"].get("padding", 0)),
+        image_size=one_size("input_size", views["input_size"]),
+        patch=one_size("patch_size", views["patch_size"]),
+        padding=one_size("padding", views.get("padding", 0)),
         points_per_ray=run.get("train_points_per_ray", 128),
         n_views=run.get("train_dataset", {}).get("args", {}).get("n_support", 1))
     if not transinr:
-        cross, hier = args["cross_attender"]["args"], args["hierarchical_model"]["args"]
+        cross = known(args["cross_attender"]["args"], BLOCK_ARGS)
+        hier = known(args["hierarchical_model"]["args"], "depth dim_y dim_hid dim_lat")
         return ModelConfig(
             model="vnp", n_freqs=args.get("pe_dim", 128) // 2, freq_top=256.0, out_bias=0.0,
             cross_depth=cross["depth"], cross_heads=cross["n_head"], cross_ff=cross["ff_dim"],
@@ -1772,12 +1787,12 @@ def official_config(model: dict, run: dict) -> ModelConfig:
     layers = [v for k, v in sd.items() if k.startswith("base_params.")]  # (in + 1, out) each
     if not layers:
         raise ValueError("no weight begins with base_params.")
-    net = dict(  # what a config may leave to the official code
-        depth=len(layers), hidden_dim=layers[0].shape[1], pe_dim=(len(layers[0]) - 1) // 2,
-        use_pe=True, in_dim=2, out_dim=3, out_bias=0.0, pe_sigma=1024.0) if image else dict(
-        depth=6, hidden_dim=256, pe_dim=40, use_pe=True, use_viewdirs=False)
-    for name, value in args["hyponet"]["args"].items():
-        check_choice("argument of hyponet", name, net)
+    if image:  # what a config may leave to the official code
+        net = dict(depth=len(layers), hidden_dim=layers[0].shape[1], use_pe=True, in_dim=2,
+                   out_dim=3, pe_dim=(len(layers[0]) - 1) // 2, out_bias=0.0, pe_sigma=1024.0)
+    else:
+        net = dict(depth=6, hidden_dim=256, pe_dim=40, use_pe=True, use_viewdirs=False)
+    for name, value in known(args["hyponet"]["args"], " ".join(net)).items():
         if name in ("use_pe", "use_viewdirs", "in_dim", "out_dim") and value != net[name]:
             raise ValueError(f"{name}={value} cannot be expressed here, only {net[name]}")
         net[name] = value
@@ -1879,7 +1894,8 @@ def batch_indices(n: int, recipe: TrainConfig, step: int, odds: Tensor | None = 
     """
     size = recipe.batch_size
     if odds is not None:
-        picked = odds.multinomial(size, size > n, generator=generator(recipe.seed, step, 11))
+        gen = generator(recipe.seed, step, 11)
+        picked = odds.multinomial(size, replacement=size > n, generator=gen)
         return picked.tolist()[rank_slice(size)]
     length = epoch_length(n, recipe)
     epoch, offset = divmod(step * size, length)
@@ -1950,7 +1966,7 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     (sum V, 2) of all views, one scene after the other, `counts` (N,), how many each has, and where
     the recipe balances them `labels`, the classes. Every scene gives `n_views` context views, or up
     to `more_views` more, and `n_queries` random rays of `target_views` others; in the first epoch
-    half of the rays hit the object, the foreground ([1]).
+    half of them are drawn from those that hit the object, the foreground ([1]).
     """
     n, (height, width) = len(data.counts), data.images.shape[-2:]
     counts = data.counts.clamp(max=recipe.train_views or 2**20)
@@ -1969,7 +1985,7 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         images, poses, focals = data.images[views], data.poses[views], data.focals[views]
         if recipe.augment:
             images, poses = augment_scenes(images, poses, gens)
-        if recipe.shared_rays:
+        if recipe.shared_rays:  # equal generators: equal pixels and jitter for all
             gens = [generator(recipe.seed, step, 14) for _ in gens]
         foreground = step * recipe.batch_size < epoch_length(n, recipe)
         pick = pick_pixels(images[:, seen:], recipe.n_queries, gens, foreground)  # (B, R)
@@ -1989,7 +2005,8 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
 def pick_pixels(images: Tensor, count: int, gens, foreground: bool) -> Tensor:
     """`count` random pixels (B, R) of each scene's views (B, V, 3, H, W), counted view by view.
 
-    count 0: all. foreground: half of them are not white. Without replacement.
+    count 0: all. foreground: half the odds are on those that are not white, half on all. Without
+    replacement.
     """
     most = images.shape[1] * images.shape[3] * images.shape[4]
     if not 0 < count < most:
@@ -2263,7 +2280,10 @@ class Run:
 
     @torch.no_grad()
     def validate(self, held_out) -> dict[str, float]:
-        """Loss and PSNR, means over batches that were not trained on and over processes."""
+        """Loss and PSNR, means over batches that were not trained on and over processes.
+
+        As in training: a VNP's latents are of the posterior, which reads the targets.
+        """
         mean = sum(self.loss(batch, None, self.recipe.kl_weight) for batch in held_out)
         mean = mean / len(held_out)
         all_reduce_mean([mean])
@@ -2271,7 +2291,7 @@ class Run:
 
     def check(self):
         """Raise RunFailed if a loss was not finite since the run began, in any process."""
-        step = -all_reduce_max(-float(self.first_nonfinite_step))[0]
+        step = -all_reduce_max(-float(self.first_nonfinite_step))[0]  # the smallest
         if math.isfinite(step):
             raise RunFailed(f"the loss of step {step:.0f} is not finite; the last good "
                             "checkpoint is kept: start again with a lower --lr")
@@ -2298,15 +2318,15 @@ def train(run: Run, batches, out: Path, steps: int, minutes: float, held_out=(),
     run. stop(): not 0 once the run should end early; its value is returned, else 0. The processes
     of a run agree before every step on the time and what is next.
     """
-    part = lambda: run.step / steps if steps else run.elapsed / (60 * minutes)  # of the run
-    begun, before, first, sums = part(), run.elapsed, run.step, None
+    part_done = lambda: run.step / steps if steps else run.elapsed / (60 * minutes)
+    begun, before, first, sums = part_done(), run.elapsed, run.step, None
     started = logged = saved = time.monotonic()
     tenth, batches = int(10 * begun), batches(run.device.name, run.step)
     while True:
         now = time.monotonic()
         run.elapsed, log, save, end = all_reduce_max(
             before + now - started, now - logged > LOG_SECONDS, now - saved > SAVE_SECONDS, stop())
-        progress = part()
+        progress = part_done()
         over, due = end or progress >= 1, int(10 * progress) > tenth
         if sums is not None and (log or over or due):
             run.check()
@@ -2362,7 +2382,7 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     query, values, weight = signal.context_as_targets(context)
     n_views = code["views_map"].shape[1] if "views_map" in code else 0
     fixed = {k: v for k, v in code.items()
-             if k.startswith("views") or n_views == 1 and k != "grid"}
+             if k.startswith("views") or (n_views == 1 and k != "grid")}
     code = {k: v.detach().clone().requires_grad_() for k, v in code.items() if k not in fixed}
     if lr is None:
         lr = 1e-3 if n_views == 1 else signal.tto_lr * min(max(1, n_views), 8)

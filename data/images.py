@@ -283,7 +283,7 @@ class ImageSet(torch.utils.data.Dataset):
         files, sources = [], []
         for tree in map(Tree, paths):
             known = [n for n in tree.names if n.lower().endswith(IMAGE_SUFFIXES)]
-            names, layout = split_names(known, split, tree.path.name)
+            names, layout = split_names(known, split, tree.path.resolve().name)
             names = names[: -(-limit // len(paths)) or None]
             files += [(tree, name, "all" if path else tree.path.stem) for name in names]
             sources.append(f"{tree.path} ({layout}; {len(names):,} of {len(known):,} pictures)")

@@ -134,6 +134,17 @@ def test_pictures_are_split_by_folder_by_celebas_ids_or_by_hash():
     assert len(set(sum(chosen, []))) == 100
 
 
+def test_celebas_folder_is_known_from_within_and_by_a_link(tmp_path, monkeypatch):
+    (folder := tmp_path / "img_align_celeba").mkdir()
+    for number in (1, 162771, 182638):
+        noisy(8, 8).save(folder / f"{number:06}.jpg")
+    (tmp_path / "faces").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (".", tmp_path / "faces"):
+        chosen = [images.ImageSet(path, split, 8).names for split in SPLITS]
+        assert chosen == [["000001.jpg"], ["162771.jpg"], ["182638.jpg"]]
+
+
 def test_sets_hold_the_decoded_pictures_and_name_what_they_leave_out(tmp_path, capsys):
     photos(tmp_path / "train", 11), photos(tmp_path / "val", 1)
     noisy(40, 50).save(tmp_path / "train/p4.png"), noisy(30, 20).save(tmp_path / "train/p5.png")
