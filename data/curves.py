@@ -246,7 +246,7 @@ class CurveSet:
         self.x, self.y, self.mask = map(torch.cat, xym)
         self.counts = torch.tensor([len(x) for x in xym[0]])
         self.first = self.counts.cumsum(0) - self.counts
-        self.window_length, self.points = points, min(points, int(self.counts.max()))
+        self.points = min(points, int(self.counts.max()))
         self.source = (f"{path}: {len(curves)} curves in {split}, split by "
                        f"{'name' if by_name else 'time'}, {len(self.x)} points")
 
@@ -261,7 +261,7 @@ class CurveSet:
         forecast.
         """
         pick = torch.randint(len(self), (batch, 1), generator=gen)
-        length = self.counts[pick].clamp(max=max(points, self.window_length))  # (B, 1)
+        length = self.counts[pick].clamp(max=max(points, self.points))  # (B, 1)
         start = torch.rand(batch, 1, generator=gen, dtype=torch.float64)
         start = self.first[pick] + (start * (self.counts[pick] - length + 1)).long()
         x, y, mask = self.window(start, length, max(points, int(length.max())))
@@ -292,7 +292,7 @@ class CurveSet:
         """
         groups = {}
         for first, count in zip(self.first.tolist(), self.counts.tolist()):
-            length = min(self.window_length, count)
+            length = min(self.points, count)
             groups.setdefault(length, []).extend(range(first, first + count - length + 1, length))
         for i, (length, starts) in itertools.product(range(repeats), groups.items()):
             key = repr((0, i, 10)).encode()
