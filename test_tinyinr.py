@@ -1834,7 +1834,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     shutil.copy("photo.jpg", "seen.png")
     Path("points.csv").write_text("x,y\n-1,0.5\n0,0.2\n1.5,-1\n")
     run("simulate", "lv", "--count", 12, program=lotka_volterra.main)
-    tinyinr.save(tiny("image", "transinr", grid=0, depth=1), "ckpt.pt")
+    tinyinr.save(tiny("image", "transinr", grid=0, depth=0, inr_depth=1), "ckpt.pt")
     text = (ROOT / "README.md").read_text()
     lines = [(program, shlex.split(line, comments=True)) for program, line in re.findall(
         r"^python (tinyinr|export).py (.*)$", text, re.M)]
