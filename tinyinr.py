@@ -23,8 +23,9 @@ nvs    images (B, V, 3, H, W), poses (B, V, 3, 4),            rays_o, rays_d (B,
 gp     x (B, N, 1), y (B, N, D); mask (B, N) or (B, N, D)     x (B, M, 1)               (B, M, D)
 
 Images are in [0, 1]. Pixel coordinates are (row, column) of pixel centers in (-1, 1). Poses are
-camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. A curve's
-x is in [-2, 2], its y has mean 0 and a std of about 0.5. Masks, near, far and points_per_ray are
+camera-to-world: x right, y up, the camera looks along -z (OpenGL); focals are in pixels. Objects
+lie in the unit sphere, beyond which a model with a feature grid is empty. A curve's x is in
+[-2, 2], its y has mean 0 and a std of about 0.5. Masks, near, far and points_per_ray are
 optional. std has the shape of mean; None: deterministic model. In training a query may also have
 jitter (B, R, P or 1) of the points along rays, mask (B, M, D), 1 = the target is known, n_known
 (1,), the mean number of known targets a signal of the whole batch, and var (B, M, D), the variance
@@ -37,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import time
 import zipfile
@@ -296,6 +298,8 @@ def make_config(preset="small", task=None, model=None, **given) -> tuple[ModelCo
     if (task, model) not in cells:
         raise ValueError(f"preset={preset!r} is for {' and '.join('/'.join(c) for c in cells)}, "
                          f"not for {task}/{model}; try --preset small")
+    for name in given:
+        check_choice("field", name, [f.name for c in (ModelConfig, TrainConfig) for f in fields(c)])
     given, names = cells[task, model] | given, [f.name for f in fields(ModelConfig)]
     return (ModelConfig(task, model, **{k: v for k, v in given.items() if k in names}),
             TrainConfig(preset, **{k: v for k, v in given.items() if k not in names}))
@@ -314,11 +318,11 @@ def pixel_grid(height: int, width: int, device=None) -> Tensor:
 def camera_rays(poses: Tensor, focals: Tensor, height: int, width: int, pixels=None):
     """Rays through pixel centers of pinhole cameras: origins and directions.
 
-    poses (..., 3, 4) camera-to-world, OpenGL axes; focals (..., 2) in pixels, (x, y). Through all
+    poses (..., 3 or 4, 4) camera-to-world (OpenGL); focals (..., 2) in pixels, (x, y). Through all
     pixels: both (..., H, W, 3); or only through `pixels` (..., N), counted by rows: (..., N, 3).
     A direction has depth 1 along the camera's axis and is not normalized: z_vals are depths.
     """
-    poses, focals = to_fp32(poses), to_fp32(focals)
+    poses, focals = to_fp32(poses)[..., :3, :], to_fp32(focals)
     if pixels is None:
         row, col = (torch.arange(n, device=poses.device) for n in (height, width))
         row, poses, focals = row[:, None], poses.unsqueeze(-3), focals.unsqueeze(-2)
@@ -513,7 +517,7 @@ class SetTokenizer(nn.Module):
         offset = (x.mT - self.points[:, None]).unsqueeze(1) / self.scales[:, None, None]
         # where it underflows, a CPU's exp takes 20 times as long
         weights = torch.exp(-0.5 * offset.square().clamp(max=160))  # (B, S, G, N)
-        zeroth, first = (w.flatten(1, 2) @ values for w in (weights, weights * offset))
+        zeroth, first = (w.flatten(1, 2) @ values.to(w.dtype) for w in (weights, weights * offset))
         density, sums = zeroth.chunk(2, -1)  # (B, S G, D)
         means = torch.cat((sums, first), -1) / (density.repeat(1, 1, 3) + 1e-4)
         # density, mean value, mean offset and first moment of the values, D numbers each
@@ -551,7 +555,8 @@ def check_shapes(tensors: dict, **shapes: str):
                 n.isdigit() and int(n) != size for n, size in zip(sizes, x.shape))):
             raise ValueError(f"{name} has the shape {tuple(x.shape)}; give ({', '.join(sizes)})")
         if x is not None and name != "mask" and not x.is_floating_point():
-            raise ValueError(f"{name} is of {x.dtype}; give floating point, colors in [0, 1]")
+            colors = ", colors in [0, 1]" * name.startswith("image")
+            raise ValueError(f"{name} is of {x.dtype}; give floating point{colors}")
 
 
 class Signal:
@@ -622,7 +627,7 @@ class Image(Signal):
     def color_and_mask(self, context):  # (B, 3, H, W), 0 where unseen; (B, 1, H, W)
         check_shapes(context, image="B 3 H W", mask="B 1 H W")
         image, mask = context["image"], context.get("mask")
-        mask = torch.ones_like(image[:, :1]) if mask is None else mask.to(image.dtype)
+        mask = torch.ones_like(image[:, :1]) if mask is None else (mask != 0).to(image.dtype)
         return image.masked_fill(mask == 0, 0.0), mask
 
     def inputs(self, context):
@@ -665,9 +670,10 @@ class Scene(Signal):
         return context["images"], context["poses"], context["focals"]
 
     def depth_range(self, query) -> tuple[Tensor, Tensor]:
-        """Depths where rays begin and end, both broadcast to (B, R, 1)."""
-        return tuple(torch.as_tensor(query.get(k, self.limits[k])).to(query["rays_o"])
-                     .reshape(-1, 1, 1) for k in ("near", "far"))
+        """Depths where rays begin and end, of numbers, (B,) or (B, R, 1), for all (B, R, 1)."""
+        depths = (torch.as_tensor(query.get(k, self.limits[k])).to(query["rays_o"])
+                  for k in ("near", "far"))
+        return tuple(v if v.dim() == 3 else v.reshape(-1, 1, 1) for v in depths)
 
     def points(self, query):
         check_shapes(query, rays_o="B R 3", rays_d="B R 3")
@@ -714,7 +720,7 @@ class Curve(Signal):
         """x, y and mask (B, N, D); what stands under mask 0 becomes 0."""
         check_shapes(context, x="B N 1", y=f"B N {self.value_dim}")
         x, y, mask = context["x"], context["y"], context.get("mask")
-        mask = torch.ones_like(y) if mask is None else mask.to(y.dtype)
+        mask = torch.ones_like(y) if mask is None else (mask != 0).to(y.dtype)
         mask = (mask if mask.dim() == 3 else mask.unsqueeze(-1)).expand_as(y)
         x = x.masked_fill(mask.amax(-1, keepdim=True) == 0, 0.0)
         return x, y.masked_fill(mask == 0, 0.0), mask
@@ -972,7 +978,7 @@ class VNP(Model):
         z = self.latents(code, query, eps)[0] if z is None else z
         points, z_vals = self.signal.points(query)
         f, e = self.features(code, points)
-        for block, zl in zip(self.blocks, z):
+        for block, zl in zip(self.blocks, z, strict=True):
             f = block(f, e, zl)
         return self.field(code, points, f), points, z_vals
 
@@ -1007,6 +1013,9 @@ class VNP(Model):
         The prior is averaged over the set in the code, or else over the query; the posterior over
         the targets. The points of both go through the blocks together, with the latents so far.
         """
+        if eps is not None and len(eps) != len(self.blocks):
+            raise ValueError(f"eps is of {len(eps)} latents; give one for each of "
+                             f"{len(self.blocks)} blocks, (L, B, 1, Z)")
         seen = query["mask"].amax(-1, keepdim=True) if "mask" in query else None  # (B, M, 1)
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
         weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)
@@ -1088,7 +1097,8 @@ def gather(grid: Tensor, x: Tensor, axis: Tensor, splines: bool) -> Tensor:
         table = grid.flatten(0, 1)
         first = grid.shape[1] * torch.arange(grid.shape[0], device=x.device)
         index = index + first[:, None, None]
-    exact = x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+    exact = (x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+             or torch._C._are_functorch_transforms_active())
     if exact or torch.compiler.is_exporting():
         out = (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
     else:  # the same several times as fast, with a first derivative in reverse mode alone
@@ -1312,7 +1322,7 @@ class GridScene(Scene):
         a = rays_d.square().sum(-1, keepdim=True)  # |o + t d| = 1
         middle = -(rays_o * rays_d).sum(-1, keepdim=True) / a  # (B, R, 1)
         inside = (1 - (rays_o + middle * rays_d).square().sum(-1, keepdim=True)) / a
-        half = inside.clamp(min=0).sqrt()  # 0: the ray misses the sphere
+        half = (inside > 0) * inside.clamp(min=1e-12).sqrt()  # 0: the ray misses the sphere
         near = torch.minimum(torch.maximum(near, middle - half), far)
         return near, torch.maximum(torch.minimum(far, middle + half), near)
 
@@ -1392,7 +1402,7 @@ class Regression(nn.Module):
             amplitude = to_fp32(self.spectrum(self.norm(nodes).mean(1, keepdim=True)))
             amplitude = (amplitude - 1 - 0.1 * harmonics).exp()  # (B, 1, n_harmonics)
             waves = positional_encoding(x, harmonics) * amplitude.repeat(1, 1, 2)
-            phi = torch.cat((phi, waves), -1)
+            phi = torch.cat((phi, waves.to(phi.dtype)), -1)
         return phi, 0.01 + F.softplus(noise - 3)
 
     def fit(self, x, y, mask, *grid) -> tuple[Tensor, Tensor]:
@@ -1612,14 +1622,15 @@ def objective(model, batch, eps=None, kl_weight: float = 1.0) -> tuple[Tensor, T
     likelihood is its expectation over them: the same gradient on average, with less noise.
     """
     context, query, target = batch
+    mask, n_known = query.get("mask"), target[0].numel()  # (B, M, C): which targets are known
+    if mask is not None:
+        n_known = query.get("n_known", mask.sum() / len(target)).sum().clamp(min=1)  # of a signal
+        target = target.masked_fill(mask == 0, 0.0)
     code = model.encode(context)
     if model.cfg.model == "vnp":
         prediction, kl = model.posterior_predict(code, query, target, eps)
     else:
         prediction, kl = model.decode(code, query), target.new_zeros(1)
-    mask, n_known = query.get("mask"), target[0].numel()  # (B, M, C): which targets are known
-    if mask is not None:
-        n_known = query.get("n_known", mask.sum() / len(target)).sum().clamp(min=1)  # of a signal
     mean = lambda v: (v if mask is None else v * mask).sum() / (n_known * len(target))
     mse = mean((prediction.mean.float() - target).square())
     loss = mean(model.signal.error(prediction, target))
@@ -1668,15 +1679,15 @@ def predict(model, code: dict, query: dict, z=None, chunk: int = 0) -> Predictio
     hit = model.signal.hits(query)
     if hit is not None and not hit.all():
         seen = predict(model, code, select_queries(query, hit), z, chunk).mean
-        mean = seen.new_ones(len(seen), len(hit), 3)
-        mean[:, hit] = seen
+        mean = seen.new_ones(*seen.shape[:-2], len(hit), 3)
+        mean[..., hit, :] = seen
         return Prediction(mean, None)
     per_query = query.get("points_per_ray", model.cfg.points_per_ray) if "rays_o" in query else 1
-    step = chunk // int(per_query) // len(next(iter(code.values())))
+    step = chunk // int(per_query) // max(1, len(next(iter(code.values()))))
     step = max(64, step - step % 64)  # whole vector registers: a cut changes no bit
     parts = [model.decode(code, select_queries(query, slice(i, i + step)), z=z)
              for i in range(0, max(1, n_queries(query)), step)]
-    return Prediction(*(None if v[0] is None else torch.cat(v, 1) for v in zip(*parts)))
+    return Prediction(*(None if v[0] is None else torch.cat(v, -2) for v in zip(*parts)))
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -1738,7 +1749,7 @@ OFFICIAL_KEYS = (  # names in the official checkpoints, as patterns, and ours
 BLOCK_ARGS = "dim depth n_head head_dim ff_dim dropout"
 
 
-def known(args: dict, names: str) -> dict:
+def known_args(args: dict, names: str) -> dict:
     """The arguments of a part of an official model; ValueError for one that is none of `names`."""
     for name in args:
         check_choice("argument", name, names.split())
@@ -1761,12 +1772,14 @@ def official_config(model: dict, run: dict) -> ModelConfig:
     """
     check_choice("model name", model["name"], ("trans_inr", "versatile_np"))
     sd, transinr = model["sd"], model["name"] == "trans_inr"
-    args = known(model["args"], "tokenizer hyponet n_groups transformer_encoder" if transinr else
-                 "tokenizer self_attender cross_attender hierarchical_model pe_dim")
+    parts = ("hyponet n_groups transformer_encoder" if transinr else
+             "self_attender cross_attender hierarchical_model pe_dim")
+    args = known_args(model["args"], f"tokenizer {parts}")
     check_choice("tokenizer", args["tokenizer"]["name"], ("imgrec_tokenizer", "nvs_tokenizer"))
     image = args["tokenizer"]["name"] == "imgrec_tokenizer"
-    views = known(args["tokenizer"]["args"], "input_size patch_size padding img_channels")
-    trunk = known(args["transformer_encoder" if transinr else "self_attender"]["args"], BLOCK_ARGS)
+    views = known_args(args["tokenizer"]["args"], "input_size patch_size padding img_channels")
+    trunk = args["transformer_encoder" if transinr else "self_attender"]["args"]
+    known_args(trunk, BLOCK_ARGS)
     sizes = dict(
         task="image" if image else "nvs", dim=trunk["dim"], depth=trunk["depth"],
         n_heads=trunk["n_head"], head_dim=trunk["head_dim"], ff_dim=trunk["ff_dim"],
@@ -1776,8 +1789,8 @@ def official_config(model: dict, run: dict) -> ModelConfig:
         points_per_ray=run.get("train_points_per_ray", 128),
         n_views=run.get("train_dataset", {}).get("args", {}).get("n_support", 1))
     if not transinr:
-        cross = known(args["cross_attender"]["args"], BLOCK_ARGS)
-        hier = known(args["hierarchical_model"]["args"], "depth dim_y dim_hid dim_lat")
+        cross = known_args(args["cross_attender"]["args"], BLOCK_ARGS)
+        hier = known_args(args["hierarchical_model"]["args"], "depth dim_y dim_hid dim_lat")
         return ModelConfig(
             model="vnp", n_freqs=args.get("pe_dim", 128) // 2, freq_top=256.0, out_bias=0.0,
             cross_depth=cross["depth"], cross_heads=cross["n_head"], cross_ff=cross["ff_dim"],
@@ -1792,7 +1805,7 @@ def official_config(model: dict, run: dict) -> ModelConfig:
                    out_dim=3, pe_dim=(len(layers[0]) - 1) // 2, out_bias=0.0, pe_sigma=1024.0)
     else:
         net = dict(depth=6, hidden_dim=256, pe_dim=40, use_pe=True, use_viewdirs=False)
-    for name, value in known(args["hyponet"]["args"], " ".join(net)).items():
+    for name, value in known_args(args["hyponet"]["args"], " ".join(net)).items():
         if name in ("use_pe", "use_viewdirs", "in_dim", "out_dim") and value != net[name]:
             raise ValueError(f"{name}={value} cannot be expressed here, only {net[name]}")
         net[name] = value
@@ -1860,9 +1873,17 @@ def load(path, device="cpu") -> nn.Module:
 
 
 def save(model: nn.Module, path, **more):
-    """Write a model's checkpoint beside its place, then rename it; `more`: plain types, tensors."""
+    """Write a model's checkpoint beside its place, then rename it; `more`: plain types, tensors.
+
+    Errors: ValueError for what `load` would refuse to read.
+    """
     buffer = io.BytesIO()  # so that a full disk is an OSError of ours and not torch's
-    torch.save({"config": asdict(model.cfg), "model": model.state_dict(), **more}, buffer)
+    torch.save(dict(config=asdict(model.cfg), model=model.state_dict(), **more), buffer)
+    try:
+        buffer.seek(0)
+        torch.load(buffer, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{', '.join(more)}: only plain types and tensors can be saved") from e
     with atomic(path) as part:
         part.write_bytes(buffer.getbuffer())
 
@@ -1918,6 +1939,13 @@ def to_device(x, device):
     return x.to(device, non_blocking=True)
 
 
+def to_unit(pixels: Tensor) -> Tensor:
+    """Pixels in uint8 -> fp32 in [0, 1]. Errors: ValueError for numbers of another type."""
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"images are of {pixels.dtype}; those to train on are uint8, 0 to 255")
+    return pixels.float() / 255
+
+
 def random_masks(images: Tensor, least: float, most: float, gens) -> Tensor:
     """Masks (B, 1, H, W) of random pixels, of each image a part between least and most."""
     parts = [least + (most - least) * torch.rand((), generator=g) for g in gens]
@@ -1939,14 +1967,14 @@ def image_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         gens = signal_generators(recipe, step)
         draws = torch.stack([torch.rand(1, 1, generator=g) for g in gens])  # (B, 1, 1)
         flip = (draws < 0.5 * recipe.flip).to(device)
-        image = to_device(images, device).float() / 255
+        image = to_unit(to_device(images, device))
         gen, count = generator(recipe.seed, step, 3), recipe.n_queries or cfg.image_size**2
         if large is None:
             at, pixels = pixel_grid(*image.shape[2:]), image
             at = at[torch.randperm(len(at), generator=gen)[:count]]  # (M, 2)
         else:
             at = 2 * torch.rand(count, 2, generator=gen) - 1
-            pixels = to_device(large, device).float() / 255
+            pixels = to_unit(to_device(large, device))
         at = at.to(device)  # the same of every image, mirrored with it
         mirrored = torch.where(flip, at * at.new_tensor([1, -1]), at)  # (B, M, 2)
         target = F.grid_sample(pixels, mirrored.flip(-1).unsqueeze(1), "bicubic",
@@ -1971,6 +1999,8 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
     n, (height, width) = len(data.counts), data.images.shape[-2:]
     counts = data.counts.clamp(max=recipe.train_views or 2**20)
     first, fewest, odds = data.counts.cumsum(0) - data.counts, int(counts.min()), None
+    if fewest < 2:
+        raise ValueError(f"a scene of {fewest} views; training needs one to read, one to predict")
     if recipe.balance:
         odds = torch.tensor([data.labels.count(c) ** -recipe.balance for c in data.labels])
     for step in itertools.count(start):
@@ -1993,10 +2023,10 @@ def scene_batches(cfg: ModelConfig, recipe: TrainConfig, data, device="cpu", sta
         pixel = pick % (height * width)
         rays_o, rays_d = (r.squeeze(2) for r in camera_rays(
             poses[which], focals[which], height, width, pixel.unsqueeze(2)))  # (B, R, 3)
-        target = images.flatten(3)[*which, :, pixel].float() / 255  # (B, R, 3)
+        target = to_unit(images.flatten(3)[*which, :, pixel])  # (B, R, 3)
         n_points = cfg.points_per_ray if recipe.shared_rays else 1  # [1]: of every point
         jitter = torch.stack([torch.rand(pick.shape[1], n_points, generator=g) for g in gens])
-        context = {"images": images[:, :seen].float() / 255,
+        context = {"images": to_unit(images[:, :seen]),
                    "poses": poses[:, :seen], "focals": focals[:, :seen]}
         query = {"rays_o": rays_o, "rays_d": rays_d, "jitter": jitter}
         yield tuple(to_device(x, device) for x in (context, query, target))
@@ -2219,8 +2249,12 @@ def micro_batch(x, i: int, pieces: int):
     """The i-th of so many pieces of a batch, or of a dict of them; what all share stays whole."""
     if isinstance(x, dict):
         return {k: micro_batch(v, i, pieces) for k, v in x.items()}
+    if pieces == 1 or len(x) == 1:
+        return x
+    if len(x) % pieces:
+        raise ValueError(f"a batch of {len(x)} signals has no {pieces} equal pieces; give another")
     n = len(x) // pieces
-    return x if pieces == 1 or len(x) == 1 else x[i * n : (i + 1) * n]
+    return x[i * n : (i + 1) * n]
 
 
 class RunFailed(Exception):
@@ -2228,15 +2262,20 @@ class RunFailed(Exception):
 
 
 class Run:
-    """One training run: model, optimizers, step and time, all of it in `ckpt.pt`."""
+    """One training run: model, optimizers, step and time, all of it in `ckpt.pt`.
+
+    ckpt: that of a run to go on with. To start from the weights of another model: load them into
+    `run.model`.
+    """
 
     def __init__(self, cfg: ModelConfig, recipe: TrainConfig, device: Device | None = None,
                  ckpt: dict | None = None):
         self.cfg, self.recipe = cfg, recipe
         self.device = device or choose_device("cpu", recipe.precision)
         self.step, self.elapsed, self.data = 0, 0.0, ""
-        torch.manual_seed(recipe.seed)
-        self.model = build(cfg).to(self.device.name)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(recipe.seed)
+            self.model = build(cfg).to(self.device.name)
         if ckpt:
             self.model.load_state_dict(ckpt["model"])
             self.step, self.elapsed = int(ckpt["step"]), float(ckpt["elapsed"])
@@ -2258,7 +2297,8 @@ class Run:
             group["lr"] = group["peak"] * lr_factor(recipe, self.step, progress)
         noise = torch.randn(recipe.batch_size, cfg.n_blocks, 1, cfg.latent,
                             generator=generator(recipe.seed, self.step, 5))
-        noise = noise[rank_slice(recipe.batch_size)].to(self.device.name)  # (B, L, 1, Z)
+        noise = noise[rank_slice(recipe.batch_size)][: len(batch[2])]  # (B, L, 1, Z)
+        noise = noise.to(self.device.name)
         kl_weight = recipe.kl_weight * min(1.0, progress / 0.05)
         for i in range(recipe.grad_accum_steps):
             *piece, eps = (micro_batch(v, i, recipe.grad_accum_steps) for v in (*batch, noise))
@@ -2378,6 +2418,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
     """
     if model.cfg.model != "transinr" or model.cfg.task == "gp":  # a curve's std would collapse
         raise ValueError("only a TransINR of images or scenes has weights that optimization helps")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inference_mode allows no gradients; use torch.no_grad around optimize")
     signal, targets = model.signal, targets or model.signal.tto_targets
     query, values, weight = signal.context_as_targets(context)
     n_views = code["views_map"].shape[1] if "views_map" in code else 0

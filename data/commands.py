@@ -195,6 +195,8 @@ def parse_fields(pairs) -> dict:
     for pair in pairs:
         name, _, value = pair.partition("=")
         check_choice("--set", name, known)
+        if not value:
+            raise ValueError(f"--set {pair} gives no value; write {name}=VALUE")
         try:
             out[name] = click.types.convert_type(known[name])(value)
         except click.BadParameter as e:
@@ -205,7 +207,8 @@ def parse_fields(pairs) -> dict:
 def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | None, dict]:
     """Config, recipe, data and checkpoint of the run to resume; its length may be given anew.
 
-    Errors: ValueError where there is none, or a given field differs from the run's.
+    And where its data are, if they are no longer there. Errors: ValueError where there is no run,
+    or a given field differs from the run's.
     """
     if not file.exists():
         raise ValueError(f"{file}: nothing to resume; train without --resume first")
@@ -218,11 +221,14 @@ def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | N
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: not of a run that can be resumed ({e}); choose another "
                          "--out") from e
+    lost = bool(old["data"]) and not Path(old["data"]).exists()
+    if lost and not given.get("data"):
+        raise ValueError(f"{file} is of a run on {old['data']}, which is not here; give --data")
     for name, value in given.items():
-        if name not in free and old[name] != value:
+        if name not in free and old[name] != value and not (lost and name == "data"):
             raise ValueError(f"{file} is of a run with {name}={old[name]!r}, not {value!r}; resume "
                              "it without this option, or choose another --out")
-    return cfg, recipe, ckpt["data"] or None, ckpt
+    return cfg, recipe, (given["data"] if lost else old["data"]) or None, ckpt
 
 
 def prepare_batches(cfg, recipe, train_set, val_set, device):
@@ -282,8 +288,9 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
     scores = score(run.model, val_set, count=count, pairs=pairs, split="val")
     click.echo(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; val split:")
     report(scores)
+    of = f" --data {shlex.quote(path)}" if path else ""
     click.echo(f"wrote {out}/ckpt.pt, {out}/log.jsonl and {out}/samples.png; for the test split:"
-               f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt")
+               f"\n  python {shlex.quote(sys.argv[0])} eval {shlex.quote(str(out))}/ckpt.pt{of}")
 
 
 @cli.command("eval")
@@ -353,9 +360,9 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
     """Encode INPUT, draw the function: photo -> picture, object -> turntable GIF, table -> plot.
 
     An object is a folder of posed views, such a folder within a zip, as set.zip/class/id, or one
-    bare photo. A long series becomes several plots, each of up to 46 neighboring points. An OUT
-    without a suffix becomes a folder of PNGs; .npz holds the code and the pixels, or a series'
-    prediction, which .csv holds, too.
+    bare photo; an OUT without a suffix becomes a folder of its PNGs. A long series becomes several
+    plots, each of up to 46 neighboring points. An OUT .npz holds the code and the pixels, or a
+    series' prediction, which .csv holds, too.
     """
     model, suffix = load(ckpt, choose_device(device).name), Path(out).suffix.lower()
     cfg, code = model.cfg, {}
@@ -370,6 +377,8 @@ def render_command(ckpt, source, out, size, tto, views, pose, mask, columns, dev
             raise ValueError(f"--size {size}: a plot needs at least 96 pixels for its numbers")
         table = tables.read_table(source, columns or ("all" if cfg.n_values > 1 else None))
         click.echo("".join(f"{note}\n" for note in table.notes), nl=False)
+        if columns and (rest := table.y_names[cfg.n_values :]):
+            click.echo(f"named, but not read by this model of {cfg.n_values}: {', '.join(rest)}")
         drawn = (tabulate_curve(model, table, size) if numbers else
                  [render_curve(model, table, size)])
     elif cfg.task == "image":

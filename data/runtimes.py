@@ -150,4 +150,6 @@ def main(folders: list[str]):
 
 
 if __name__ == "__main__":
+    if not all(Path(folder).is_dir() for folder in sys.argv[1:]):
+        raise SystemExit(__doc__)
     main(sys.argv[1:])

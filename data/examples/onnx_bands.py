@@ -69,4 +69,6 @@ def main(stem: str, table: str, out: str):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

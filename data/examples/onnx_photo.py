@@ -60,4 +60,6 @@ def main(stem: str, path: str, size: str, out: str):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -72,4 +72,6 @@ def main(stem: str, folder: str, degrees: str, out: str):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])
