@@ -240,7 +240,7 @@ class TrainConfig(Checked):
 IMAGES = dict(image_size=64, padding=0, dim=128, depth=3, n_freqs=32, minutes=9.8, flip=True,
               conv_nodes=32)
 VIEWS = dict(image_size=64, patch=8, padding=0, dim=128, depth=3, points_per_ray=16, minutes=14.8,
-             batch_size=8, more_views=3, target_views=8, balance=0.75, augment=True, conv_nodes=16)
+             batch_size=8, more_views=3, target_views=8, balance=0.75, augment=True, conv_nodes=32)
 CURVES = dict(dim=128, depth=3, n_heads=4, head_dim=32, ff_dim=256, freq_top=64.0, minutes=9.8,
               n_queries=24, grad_clip=1.0, rough=0.05, grid=48, n_convs=5, n_features=104,
               n_harmonics=40, lr=1e-3, muon_lr=0.01)
@@ -252,7 +252,7 @@ SMALL = {  # (task, model): what differs from the defaults
     ("image", "transinr"): IMAGES | MLP | OURS | dict(
         grid=64, patch=8, freq_top=8.0, zoom=4, n_queries=1024, lr=1e-3, muon_lr=0.02),
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
-        grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006, conv_nodes=32),
+        grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
         n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
