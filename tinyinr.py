@@ -767,12 +767,13 @@ class Model(nn.Module):
         self.register_buffer("freqs", frequencies(cfg.n_freqs, cfg.freq_top), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """A cast to half precision leaves the frequencies and the grid's axis in fp32."""
-        before = {k: b for k, b in self.named_buffers() if k in ("freqs", "axis")}
+        """A cast to half precision leaves the buffers, which are constants, in fp32."""
+        before = [(module, dict(module.named_buffers(recurse=False))) for module in self.modules()]
         super()._apply(fn, recurse)
-        for k, exact in before.items():
-            if getattr(self, k).itemsize < 4:
-                setattr(self, k, exact.to(getattr(self, k).device))
+        for module, buffers in before:
+            for k, exact in buffers.items():
+                if getattr(module, k).itemsize < 4:
+                    setattr(module, k, exact.to(getattr(module, k).device))
         return self
 
     def forward(self, context: dict, query: dict, eps=None) -> Prediction:

@@ -112,6 +112,14 @@ def test_numbers_of_any_precision_are_read(name):
 
 
 @pytest.mark.parametrize("task, name", CELLS)
+def test_a_cast_and_back_leaves_constants_exact(task, name):
+    model, exact = tiny(task, name), tiny(task, name)
+    model.bfloat16().float().load_state_dict(exact.state_dict())
+    context, query = signals(task)
+    assert torch.equal(model(context, query).mean, exact(context, query).mean)
+
+
+@pytest.mark.parametrize("task, name", CELLS)
 def test_transforms_of_functions_differentiate_as_autograd_does(task, name):
     """With the gathering interpolation too, and through the encoder."""
     more = {"image": dict(grid=20), "nvs": dict(conv_nodes=16), "gp": {}}[task]
