@@ -974,12 +974,20 @@ class VNP(Model):
         """
         return self.infer_latents(code, query, eps, target)[:2]
 
+    def check_latents(self, **given: Tensor | None):
+        """Raise ValueError for latents, or their noise, that are not one for each block."""
+        for name, x in given.items():
+            if x is not None and x.shape[0] != len(self.blocks):
+                raise ValueError(f"{name} is of {x.shape[0]} latents; give one for each of "
+                                 f"{len(self.blocks)} blocks, (L, B, 1, Z)")
+
     def raw_field(self, code: dict, query: dict, eps=None, z=None):
         """As in Model, with latents z, or with those that noise eps gives."""
         z = self.latents(code, query, eps)[0] if z is None else z
+        self.check_latents(z=z)
         points, z_vals = self.signal.points(query)
         f, e = self.features(code, points)
-        for block, zl in zip(self.blocks, z, strict=True):
+        for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
         return self.field(code, points, f), points, z_vals
 
@@ -1014,9 +1022,7 @@ class VNP(Model):
         The prior is averaged over the set in the code, or else over the query; the posterior over
         the targets. The points of both go through the blocks together, with the latents so far.
         """
-        if eps is not None and len(eps) != len(self.blocks):
-            raise ValueError(f"eps is of {len(eps)} latents; give one for each of "
-                             f"{len(self.blocks)} blocks, (L, B, 1, Z)")
+        self.check_latents(eps=eps)
         seen = query["mask"].amax(-1, keepdim=True) if "mask" in query else None  # (B, M, 1)
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
         weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)

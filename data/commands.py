@@ -224,6 +224,8 @@ def read_run(file: Path, given: dict) -> tuple[ModelConfig, TrainConfig, str | N
     lost = bool(old["data"]) and not Path(old["data"]).exists()
     if lost and not given.get("data"):
         raise ValueError(f"{file} is of a run on {old['data']}, which is not here; give --data")
+    if lost:
+        click.echo(f"{old['data']} is not here: going on with {given['data']}")
     for name, value in given.items():
         if name not in free and old[name] != value and not (lost and name == "data"):
             raise ValueError(f"{file} is of a run with {name}={old[name]!r}, not {value!r}; resume "

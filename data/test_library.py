@@ -59,7 +59,7 @@ def test_as_many_latents_are_needed_as_there_are_blocks():
     code, eps = model.encode(context), rand(3, 3, 1, 5)
     refused("eps is of 3 latents; give one for each of 2 blocks", model.latents, code, query, eps)
     for z in (eps, eps[:1]):
-        refused("zip", model.decode, code, query, z=z)
+        refused(f"z is of {len(z)} latents; give one", model.decode, code, query, z=z)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
@@ -193,6 +193,6 @@ def test_what_is_typed_is_meant(tmp_path, monkeypatch):
     shutil.move("photos", "moved")
     again = ("train", "--resume", "--out", "out", "--steps", 4)
     assert "of a run on photos, which is not here; give --data" in run(*again, code=2)
-    run(*again, "--data", "moved")
+    assert "photos is not here: going on with moved" in run(*again, "--data", "moved")
     photos(Path("photos"), 3)
     assert tinyinr.read_checkpoint("out/ckpt.pt")["data"] == "moved"
