@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import time
 import zipfile
@@ -298,9 +297,10 @@ def make_config(preset="small", task=None, model=None, **given) -> tuple[ModelCo
     if (task, model) not in cells:
         raise ValueError(f"preset={preset!r} is for {' and '.join('/'.join(c) for c in cells)}, "
                          f"not for {task}/{model}; try --preset small")
+    names, recipe_names = ([f.name for f in fields(c)] for c in (ModelConfig, TrainConfig))
     for name in given:
-        check_choice("field", name, [f.name for c in (ModelConfig, TrainConfig) for f in fields(c)])
-    given, names = cells[task, model] | given, [f.name for f in fields(ModelConfig)]
+        check_choice("field", name, names + recipe_names)
+    given = cells[task, model] | given
     return (ModelConfig(task, model, **{k: v for k, v in given.items() if k in names}),
             TrainConfig(preset, **{k: v for k, v in given.items() if k not in names}))
 
@@ -1812,7 +1812,8 @@ def official_config(model: dict, run: dict) -> ModelConfig:
                    out_dim=3, pe_dim=(len(layers[0]) - 1) // 2, out_bias=0.0, pe_sigma=1024.0)
     else:
         net = dict(depth=6, hidden_dim=256, pe_dim=40, use_pe=True, use_viewdirs=False)
-    for name, value in known_args(args["hyponet"]["args"], " ".join(net)).items():
+    for name, value in args["hyponet"]["args"].items():
+        check_choice("argument", name, net)
         if name in ("use_pe", "use_viewdirs", "in_dim", "out_dim") and value != net[name]:
             raise ValueError(f"{name}={value} cannot be expressed here, only {net[name]}")
         net[name] = value
@@ -1882,15 +1883,14 @@ def load(path, device="cpu") -> nn.Module:
 def save(model: nn.Module, path, **more):
     """Write a model's checkpoint beside its place, then rename it; `more`: plain types, tensors.
 
-    Errors: ValueError for what `load` would refuse to read.
+    Errors: ValueError for objects of other types, which `load` would refuse to read.
     """
     buffer = io.BytesIO()  # so that a full disk is an OSError of ours and not torch's
     torch.save(dict(config=asdict(model.cfg), model=model.state_dict(), **more), buffer)
-    try:
-        buffer.seek(0)
-        torch.load(buffer, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{', '.join(more)}: only plain types and tensors can be saved") from e
+    buffer.seek(0)
+    if others := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+        raise ValueError(f"{', '.join(more)}: only plain types and tensors can be saved, not "
+                         f"{', '.join(others)}")
     with atomic(path) as part:
         part.write_bytes(buffer.getbuffer())
 

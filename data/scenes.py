@@ -481,9 +481,9 @@ class SceneSet:
     side, S. min_views: scenes with fewer are left out. max_views: only the first so many views
     of each are kept, and limit: only the first scenes; 0 for all. sphere: see read_scene.
     Errors: ValueError, OSError.
-    Of N scenes: `names`, `labels` (the class, "all" without one), `counts` (N,) of views; of all
-    views `images` (sum V, 3, S, S) uint8, `poses` (sum V, 3, 4) and `focals` (sum V, 2); `source`,
-    one line on what was read.
+    Of N scenes: `names`, `labels` (the class, "all" without one), `counts` (N,) of views and
+    `first` (N,), where they begin in `images` (sum V, 3, S, S) uint8, `poses` (sum V, 3, 4) and
+    `focals` (sum V, 2); `source`, one line on what was read.
     """
 
     def __init__(self, path=None, split: str = "train", size: int = 64, min_views: int = 2,
@@ -507,6 +507,7 @@ class SceneSet:
         self.labels = [name.split("/")[0] if "/" in name else "all" for name in plain]
         self.images, self.poses, self.focals = (torch.cat(x) for x in list(zip(*scenes))[:3])
         self.counts = torch.tensor([len(scene.images) for scene in scenes])
+        self.first = self.counts.cumsum(0) - self.counts
         notes = [scene.note for scene in scenes if scene.note]
         layouts = ", ".join(sorted({found[name][0] for name in names}))
         self.source = (f"{tree.path}: {len(names)} scenes ({layouts}) with {len(self.images)} "
@@ -518,5 +519,5 @@ class SceneSet:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Scene:
-        counts = self.counts.tolist()
-        return Scene(*(v.split(counts)[i] for v in (self.images, self.poses, self.focals)))
+        own = slice(int(self.first[i]), int(self.first[i] + self.counts[i]))
+        return Scene(self.images[own], self.poses[own], self.focals[own])
