@@ -1827,7 +1827,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     """All but one that needs CelebA and a GPU, and a server: on few signals and for a moment."""
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(ROOT / "data")
-    photos(Path("photos"), 2)
+    photos(Path("photos"), 3)
     for name in ("photo.jpg", "chair.jpg"):
         noisy(80, 90).save(name)
     shutil.copy(balls(Path("scenes"), "a") / "balls/a/transforms.json", ".")

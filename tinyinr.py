@@ -776,6 +776,17 @@ class Model(nn.Module):
                     setattr(module, k, exact.to(getattr(module, k).device))
         return self
 
+    def points(self, code: dict, query: dict) -> tuple[Tensor, Tensor | None]:
+        """The signal's points of a query, of as many signals as the code, or of one that all share.
+
+        Errors: ValueError for another number of signals.
+        """
+        points, z_vals = self.signal.points(query)
+        given, n = points.shape[0], next(iter(code.values())).shape[0]
+        if given not in (1, n):
+            raise ValueError(f"a query of {given} signals, but a code of {n}; give {n} or 1")
+        return points, z_vals
+
     def forward(self, context: dict, query: dict, eps=None) -> Prediction:
         """Encode and decode in one call."""
         return self.decode(self.encode(context), query, eps)
@@ -873,7 +884,7 @@ class TransINR(Model):
 
     def raw_field(self, code: dict, query: dict, eps=None, z=None):
         """As in Model; there are no latents: eps and z are ignored."""
-        points, z_vals = self.signal.points(query)
+        points, z_vals = self.points(code, query)
         return self.field(code, points), points, z_vals
 
 
@@ -985,7 +996,7 @@ class VNP(Model):
         """As in Model, with latents z, or with those that noise eps gives."""
         z = self.latents(code, query, eps)[0] if z is None else z
         self.check_latents(z=z)
-        points, z_vals = self.signal.points(query)
+        points, z_vals = self.points(code, query)
         f, e = self.features(code, points)
         for block, zl in zip(self.blocks, z):
             f = block(f, e, zl)
@@ -1027,7 +1038,7 @@ class VNP(Model):
         pool = {k.removeprefix("pool_"): v for k, v in code.items() if k.startswith("pool_")}
         weight = pool.pop("weight").unsqueeze(-1) if pool else None  # (B, N, 1)
         queries = [pool, query] if pool and target is not None else [pool or query]
-        sets = [self.signal.points(q) for q in queries]  # (points, z_vals) of prior and posterior
+        sets = [self.points(code, q) for q in queries]  # (points, z_vals) of prior and posterior
         points = torch.cat([p.expand(code["tokens"].shape[0], -1, -1) for p, _ in sets], 1)
         sizes, (f, e) = [p.shape[1] for p, _ in sets], self.features(code, points)
         zs, kl = [], torch.zeros(f.shape[0], device=f.device)

@@ -31,8 +31,8 @@ from data.rendering import (attention_picture, read_context, render_curve, rende
                             write_pictures)
 from data.runs import catch_signals, handled, locked, processes, track, truncate_log
 from tinyinr import (BATCHES, PRESETS, Device, ModelConfig, Run, RunFailed, TrainConfig, atomic,
-                     check_choice, choose_device, epoch_length, is_main_process, load,
-                     make_config, rank_and_world_size, read_checkpoint, to_device, train)
+                     check_choice, choose_device, epoch_length, is_main_process, load, make_config,
+                     rank_and_world_size, read_checkpoint, to_device, train)
 
 
 class Command(click.Command):
@@ -142,24 +142,32 @@ FIELDS = {  # that one task or model alone reads
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]),
               help="[default: the preset's; auto is what is fastest]")
+@click.option("--init", type=click.Path(), help="Fine-tune the model of this checkpoint.")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--smoke", is_flag=True, help="3 steps (or --steps) on a few signals.")
-def train_command(extra, device, out, resume, overwrite, smoke, **options):
+def train_command(extra, device, init, out, resume, overwrite, smoke, **options):
     """Train a model; writes ckpt.pt, log.jsonl and samples.png to --out."""
     given = {k: v for k, v in options.items() if v is not None} | parse_fields(extra)
     lengths = [name for name in LENGTHS if given.get(name)]
     if len(lengths) > 1:
         raise ValueError(f"{' and '.join(lengths)} exclude each other; give one")
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; give one")
+    if resume and (overwrite or init):
+        raise ValueError(f"--resume and {'--overwrite' if overwrite else '--init'} exclude each "
+                         "other; give one")
     if smoke:
         given = {"steps": 3, "batch_size": 2} | given | {"minutes": 0.0, "epochs": 0}
     elif lengths:  # the one that is given counts alone
         given = dict.fromkeys(LENGTHS, 0) | given
     skip = [k for k in given if k not in ("preset", "task", "model")] if resume else ["data"]
-    cfg, recipe = make_config(**{k: v for k, v in given.items() if k not in skip})
+    start = load(init) if init else None
+    sizes = asdict(start.cfg) if start else {}
+    for name in sizes.keys() & given.keys() - {"near", "far", "points_per_ray", "n_views"}:
+        if sizes[name] != given[name]:
+            raise ValueError(f"{init} is a model with {name}={sizes[name]!r}, not "
+                             f"{given[name]!r}; leave this option out")
+    cfg, recipe = make_config(**{k: v for k, v in (sizes | given).items() if k not in skip})
     overwrite |= smoke and not out  # in a folder of its own
     out = Path(out or f"runs/{cfg.task}-{cfg.model}" + "-smoke" * smoke)
     path, ckpt = given.get("data"), None
@@ -173,7 +181,7 @@ def train_command(extra, device, out, resume, overwrite, smoke, **options):
     device = choose_device(device, recipe.precision)
     with processes(device.name), locked(out) if is_main_process() else contextlib.nullcontext():
         note_unused(cfg, given)
-        run_training(cfg, recipe, device, path, out, ckpt, 4 if smoke else 0)
+        run_training(cfg, recipe, device, path, out, ckpt, start, 4 if smoke else 0)
 
 
 def note_unused(cfg: ModelConfig, given: dict):
@@ -249,10 +257,10 @@ def prepare_batches(cfg, recipe, train_set, val_set, device):
             list(itertools.islice(held_out, 4)), epoch_length(size, recipe))
 
 
-def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit: int):
+def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, start, limit: int):
     """Train in the folder `out`, then draw samples.png and print the scores of the val split.
 
-    limit: so many signals, 0: all.
+    ckpt: of the run to go on with. start: a model to fine-tune. limit: so many signals, 0: all.
     """
     pieces = rank_and_world_size()[1] * recipe.grad_accum_steps
     if recipe.batch_size % pieces:
@@ -267,6 +275,8 @@ def run_training(cfg, recipe, device, path, out: Path, ckpt: dict | None, limit:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{out}: the run cannot be {'resumed' if ckpt else 'built'} "
                          f"({reason})") from e
+    if start:
+        run.model.load_state_dict(start.state_dict())
     run.data = str(path or "")
     with catch_signals() as stop:
         banner(run)

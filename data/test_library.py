@@ -36,6 +36,15 @@ def test_no_signals_give_no_predictions(task, name):
     assert tinyinr.predict(model, model.encode(context), query).mean.shape[0] == 0
 
 
+@pytest.mark.parametrize("task, name", CELLS)
+def test_a_query_is_of_each_signal_or_shared_by_all(task, name):
+    model, (context, query) = tiny(task, name), signals(task)
+    code, one, two = model.encode(context), *({k: v[:n] for k, v in query.items()} for n in (1, 2))
+    repeated = {k: v.expand(3, *v.shape[1:]) for k, v in one.items()}
+    close(model.decode(code, one).mean, model.decode(code, repeated).mean, 1e-6)
+    refused("a query of 2 signals, but a code of 3; give 3 or 1", model.decode, code, two)
+
+
 @pytest.mark.parametrize("task", ("image", "gp"))
 def test_a_mask_is_of_any_type_and_whatever_is_not_0_is_seen(task):
     model = tiny(task, "vnp", **{"masked": True} if task == "image" else {})
@@ -175,6 +184,22 @@ def test_a_scene_to_train_on_has_two_views():
                                   counts=torch.tensor([1]), labels=["all"]))
     refused("a scene of 1 views; training needs one to read",
             lambda: next(tinyinr.scene_batches(cfg, recipe, one)))
+
+
+def test_a_run_starts_from_a_checkpoint_of_whose_model_it_is(tmp_path):
+    """Without a rate of learning, the weights stay those of the checkpoint; so does its config."""
+    start, data = tmp_path / "start.pt", photos(tmp_path / "photos")
+    tinyinr.save(tiny("image", "transinr", inr_width=24), start)
+    args = ("train", "--init", start, "--data", data, "--smoke", "--out", tmp_path / "out")
+    run(*args, "--set", "lr=0", "--set", "muon_lr=0")
+    want, got = tinyinr.load(start), tinyinr.load(tmp_path / "out/ckpt.pt")
+    assert got.cfg == want.cfg
+    for name, weight in want.state_dict().items():
+        assert torch.equal(weight, got.state_dict()[name]), name
+    assert "is a model with inr_width=24, not 32; leave this option out" in run(
+        *args, "--set", "inr_width=32", code=2)
+    assert "with task='image', not 'gp'" in run(*args, "--task", "gp", code=2)
+    assert "--resume and --init exclude each other" in run(*args, "--resume", code=2)
 
 
 def test_what_is_typed_is_meant(tmp_path, monkeypatch):
