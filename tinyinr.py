@@ -601,6 +601,10 @@ class Signal:
         """What a context shows at the query's targets, (B, M, C); decode: query -> Prediction."""
         return decode(query).mean
 
+    def misfit(self, decode, query: dict, values: Tensor) -> Tensor:
+        """Squared errors (B, M) against a context's values, which test-time optimization lowers."""
+        return (self.observed(decode, query).float() - values).square().mean(-1)
+
     def hits(self, query: dict) -> Tensor | None:
         """Which rays (R,) of a lone signal meet what can be seen; None: all targets have values."""
         return None
@@ -1343,6 +1347,17 @@ class GridScene(Scene):
         half = (inside > 0) * inside.clamp(min=1e-12).sqrt()  # 0: the ray misses the sphere
         near = torch.minimum(torch.maximum(near, middle - half), far)
         return near, torch.maximum(torch.minimum(far, middle + half), near)
+
+    def misfit(self, decode, query, values):
+        """Every third ray is drawn as its mirror image at -x: most objects are symmetric.
+
+        Of one that is not such a ray is far off, and counts the less the farther (beyond 0.1).
+        """
+        mirrored = torch.arange(values.shape[1], device=values.device) % 3 == 0
+        sign = torch.where(mirrored[:, None], values.new_tensor([-1, 1, 1]), 1)
+        rays = {k: query[k] * sign for k in ("rays_o", "rays_d")}
+        error = super().misfit(decode, query | rays, values)
+        return torch.where(mirrored, 0.01 / (0.01 + error.detach()), 1) * error
 
     def hits(self, query):
         near, far = self.depth_range(query)
@@ -2451,9 +2466,8 @@ def optimize(model, code: dict, context: dict, steps: int, lr=None, targets: int
         pick = torch.randperm(values.shape[1], generator=generator(step, 6))[:targets]
         pick = pick.to(values.device)
         with torch.enable_grad():
-            decode = lambda query: model.decode(fixed | code, query)
-            shown = signal.observed(decode, select_queries(query, pick)).float()
-            error = (shown - values[:, pick]).square().mean(-1)  # (B, M)
+            error = signal.misfit(lambda query: model.decode(fixed | code, query),
+                                  select_queries(query, pick), values[:, pick])
             error = (error * weight[:, pick]).mean(1).sum()  # signals don't mix
         optimizer.zero_grad()
         error.backward(inputs=list(code.values()))
