@@ -221,3 +221,16 @@ def test_what_is_typed_is_meant(tmp_path, monkeypatch):
     assert "photos is not here: going on with moved" in run(*again, "--data", "moved")
     photos(Path("photos"), 3)
     assert tinyinr.read_checkpoint("out/ckpt.pt")["data"] == "moved"
+
+
+@pytest.mark.parametrize("name, grid", product(("transinr", "vnp"), (0, 6)))
+def test_rays_with_depths_and_jitter_of_their_own_are_predicted_in_pieces(name, grid):
+    model = tiny("nvs", name, grid, latent_pool="query")
+    query = picture_rays(poses(), torch.full((2,), 8.0), 36)  # more than a prior averages
+    own = {"near": 2 + rand(1, 1296, 1), "far": 4 + rand(1, 1296, 1),
+           "jitter": rand(1, 1296, 12, seed=1)}
+    for more in (own, {k: v[:, :1] for k, v in own.items()}, {"near": 2.5, "far": torch.tensor(5)}):
+        code = model.encode(signals("nvs", 1)[0])
+        z = tinyinr.mean_latents(model, code, query | more)
+        close(tinyinr.predict(model, code, query | more, z, chunk=64).mean,
+              model.decode(code, query | more, z=z).mean)
