@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 import tinyinr
-from data import curves
+from data import curves, evaluation, rendering, tables
 from data.testing import close, photos, rand, refused
 from test_tinyinr import (CELLS, PARITY, configs, picture_rays, poses, run, signals, tiny,
                           train_args)
@@ -752,3 +752,146 @@ def test_a_run_goes_on_from_its_time_logs_means_and_saves_every_minute(tmp_path,
     assert validated == [math.ceil((18 * i - 10) / 2) for i in range(1, 11)]
     assert tinyinr.train(training, batches, tmp_path, 200, 0, stop=lambda: 15) == 15
     assert training.step == 85 and saves[-1] == 85 and len(saves) == 4
+
+
+# ------------------------------------------------------------------------- scores and pictures
+
+
+def test_a_mixture_has_the_moments_and_the_density_of_its_samples():
+    mean, std, y = 3 * rand(5, 2, 4, 1), 0.1 + rand(5, 2, 4, 1, seed=1), rand(2, 4, 1, seed=2)
+    got = evaluation.mixture(tinyinr.Prediction(mean, std))
+    close(got.mean, mean.mean(0))
+    close(got.std.square(), (mean.square() + std.square()).mean(0) - mean.mean(0).square())
+    density = torch.distributions.Normal(mean, std).log_prob(y).exp().mean(0).log()
+    close(evaluation.mixture_log_likelihood(tinyinr.Prediction(mean, std), y), density)
+
+
+def test_gaps_of_a_table_count_neither_as_context_nor_as_targets():
+    """A model whose std is a half and whose mean is that of what it reads; all by hand."""
+    known = (rand(2, 8, 2, seed=3) < 0.6).float()
+    known[:, [0, -1]] = 1
+    x, y = rand(2, 8, 1).double(), rand(2, 8, 2, seed=1).double()
+    encode = lambda c: ((c["y"] * c["mask"]).sum((1, 2)) / c["mask"].sum((1, 2))).view(2, 1, 1)
+    decode = lambda code, query: tinyinr.Prediction(*(v.expand(2, query["x"].shape[1], 2)
+                                                      for v in (code, torch.tensor(0.5))))
+    model = SimpleNamespace(cfg=SimpleNamespace(model="transinr"), freqs=torch.zeros(1),
+                            encode=encode, decode=decode)
+    case = (x, y, known.bool(), None, 3, "series", torch.arange(2))
+    row = evaluation.evaluate_curves(model, [case])["series"]
+    ll = {"target_ll": [], "context_ll": []}
+    for b in range(2):
+        seen = known[b] > 0
+        mean = float(y[b, :3][seen[:3]].mean())
+        for name, part in ("target_ll", slice(3, 8)), ("context_ll", slice(0, 3)):
+            values = y[b, part][seen[part]]
+            ll[name].append(float(torch.distributions.Normal(mean, 0.5).log_prob(values).mean()))
+    assert [row[k] for k in ll] == pytest.approx([sum(v) / 2 for v in ll.values()], abs=1e-5)
+    joint = evaluation.evaluate_curves(model, [case], autoregressive=True)["series"]["joint_ll"]
+    means = []
+    order = torch.cat((torch.arange(3), 3 + torch.randperm(5, generator=tinyinr.generator(0, 7))))
+    for b in range(2):
+        values, seen, ll = y[b, order], known[b, order] > 0, []
+        for j in range(3, 8):
+            mean = float(values[:j][seen[:j]].mean())
+            ll.append(torch.distributions.Normal(mean, 0.5).log_prob(values[j][seen[j]]))
+        means.append(float(torch.cat(ll).mean()))
+    assert joint == pytest.approx(sum(means) / 2, abs=1e-5)
+
+
+def test_baselines_of_scenes_are_white_and_the_first_view():
+    model, (context, query) = tiny("nvs", "transinr"), signals("nvs", 1, 256)
+    target = rand(1, 1, 256, 3, seed=5) * 1.4 - 0.2
+    case = evaluation.Case(context, query, target, "a", torch.tensor([0]))
+    row = evaluation.evaluate(model, [case])["a"]
+    mean = model(context, query).mean
+    view = context["images"][0, 0].flatten(1).T
+    for name, values in (("white", torch.ones(256, 3)), ("context_view", view),
+                         ("psnr_unclamped", mean[0])):
+        error = (values - target[0, 0]).square().mean()
+        assert row[name] == pytest.approx(-10 * math.log10(error), abs=1e-4), name
+
+
+def test_scores_that_are_not_finite_are_written_as_null(tmp_path):
+    evaluation.write_json(tmp_path / "s.json", {"a": [math.nan, math.inf, 1.5], "n": 3})
+    assert json.loads((tmp_path / "s.json").read_text()) == {"a": [None, None, 1.5], "n": 3}
+
+
+def test_a_turntable_stands_around_the_scene_at_the_height_of_its_first_view():
+    pose = tinyinr.look_at(torch.tensor([1.0, -3.0, 2.0]))
+    scene = SimpleNamespace(poses=pose[None], focals=torch.tensor([[20.0, 26.0]]),
+                            images=torch.zeros(1, 3, 16, 16))
+    turned, focals = rendering.turntable(scene, 64, 8)
+    close(turned[0], pose)
+    angles = torch.atan2(turned[:, 1, 3], turned[:, 0, 3])
+    close(torch.remainder(angles.diff(), 2 * math.pi), torch.full((7,), math.pi / 4), 1e-4)
+    close(turned[:, 2, 3], torch.full((8,), 2.0))
+    close(turned[:, :2, 3].norm(dim=1), torch.full((8,), 10**0.5))
+    close(focals, torch.tensor([[80.0, 104.0]]).expand(8, 2))
+
+
+def test_the_depth_of_a_view_is_1_at_near_and_0_at_far_and_where_nothing_is():
+    model = tiny("nvs", "transinr", grid=0)  # from 2 to 6
+    context, _ = signals("nvs", 1)
+    query = picture_rays(poses(), torch.full((2,), 8.0), 4)
+    for density, first, want in ((0.0, 0.0, 0.0), (1e4, 0.0, 1.0), (1e4, 4.0, 0.5)):
+        def field(code, row, eps=None, z=None):
+            points, depths = model.signal.points(row)
+            raw = torch.zeros(1, points.shape[1], 4)
+            raw[..., 3] = density * (depths >= first).flatten(1)
+            return raw, points, depths
+        fake = SimpleNamespace(cfg=model.cfg, signal=model.signal, raw_field=field)
+        depth = rendering.view_and_depth(fake, model.encode(context), query, 4)[1]
+        assert depth.shape == (1, 16, 1) and (depth - want).abs().max() < 0.1
+        assert want == 0.5 or (depth - want).abs().max() < 1e-4
+
+
+def test_a_panel_of_a_masked_image_shows_white_where_nothing_is_seen():
+    model, (image, _) = tiny("image", "vnp", masked=True), signals("image", 1)
+    mask = (rand(1, 1, 16, 16, seed=3) < 0.5).float()
+    case = evaluation.Case(image | {"mask": mask}, {"coords": tinyinr.pixel_grid(16, 16)[None]},
+                           image["image"].flatten(2).mT.unsqueeze(1), "a", torch.tensor([0]))
+    seen, truth, _, std = rendering.prediction_panels(model, case)
+    pixels = image["image"][0].movedim(0, -1)
+    close(truth, pixels)
+    close(seen, torch.where(mask[0, 0, ..., None] > 0, pixels, 1.0))
+    assert std.max() == 1
+
+
+def test_drawn_curves_lie_to_both_sides_of_the_mean():
+    model, (context, _) = tiny("gp", "transinr"), signals("gp", 1)
+    x, y = context["x"][0], context["y"][0]
+    grid, band, drawn = rendering.curve_band(model, x, y, torch.ones(9, 1), 20)
+    assert grid[[0, -1], 0].tolist() == [-2, 2] and drawn.shape == (6, 20, 1)
+    close((drawn[:3] + drawn[3:]) / 2, band.mean.expand(3, -1, -1), 1e-4)
+
+
+def test_a_long_table_is_read_in_parts_that_join_and_dates_stay_dates(tmp_path):
+    days = [f"2020-{month:02}-{day:02}" for month in (1, 2, 3) for day in range(1, 29)]
+    model, rows = tiny("gp", "vnp"), [f"{day},{i % 7}" for i, day in enumerate(days)]
+    (tmp_path / "t.csv").write_text("day,y\n" + "\n".join(rows[::-1]))
+    table = tables.read_table(tmp_path / "t.csv")
+    parts = rendering.table_parts(model, table)
+    ends = [(float(b) * x[[0, -1], 0] + float(a)).tolist() for x, _, _, (a, b, *_) in parts]
+    assert [len(x) for x, *_ in parts] == [43, 42]  # at most 46, and one of both
+    assert ends[0][1] == pytest.approx(ends[1][0]) and ends[0][0] == pytest.approx(0)
+    dates = rendering.tabulate_curve(model, table, 5)["day"]
+    assert [*dates[[0, -1]]] == ["2020-01-01T00:00:00", "2020-03-28T00:00:00"]
+
+
+def test_an_attention_picture_holds_the_weights_of_attention(monkeypatch):
+    """Read by values that are unit vectors."""
+    model, sheet = tiny("image", "transinr", depth=1, conv_nodes=0), []
+    context, _ = signals("image", 1)
+    monkeypatch.setattr(rendering.pictures, "attention_sheet", lambda *args: sheet.append(args))
+    rendering.attention_picture(model, context)
+    (_, heat, base, weights), = sheet
+    tokens = torch.cat((model.tokenizer(context["image"]), model.weight_tokens[None]), 1)
+    block, n = model.transformer[0], tokens.shape[1]
+    q, k, _ = block.qkv(block.norm1(tokens)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    maps = nn.functional.scaled_dot_product_attention(q, k, torch.eye(n).expand(1, 2, n, n))
+    maps, at = maps[0].mean(0)[16:, :16], 0
+    for (name, layer), g in zip(heat.items(), model.tokens_per_layer):
+        close(layer, maps[at : at + g].mean(0))
+        at += g
+        close(weights[name], model.encode(context)[name][0, :-1])
+    assert list(heat) == list(base) == list(model.shapes)
