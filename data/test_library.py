@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
-from itertools import islice, permutations, product, repeat
+from itertools import islice, pairwise, permutations, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 
 import tinyinr
-from data import curves, evaluation, rendering, tables
+from data import curves, evaluation, images, rendering, scenes, tables
 from data.testing import close, photos, rand, refused
-from test_tinyinr import (CELLS, PARITY, configs, picture_rays, poses, run, signals, tiny,
+from test_tinyinr import (CELLS, PARITY, balls, configs, picture_rays, poses, run, signals, tiny,
                           train_args)
 
 
@@ -811,6 +811,22 @@ def test_baselines_of_scenes_are_white_and_the_first_view():
         assert row[name] == pytest.approx(-10 * math.log10(error), abs=1e-4), name
 
 
+def test_scores_of_an_image_are_of_its_unseen_pixels_also_where_values_leave_0_to_1():
+    model, (image, _) = tiny("image", "vnp", masked=True), signals("image", 1)
+    model.head[2].weight.mul_(30)
+    context = image | {"mask": (rand(1, 1, 16, 16, seed=3) < 0.6).float()}
+    truth, query = image["image"].flatten(2).mT, {"coords": tinyinr.pixel_grid(16, 16)[None]}
+    case = evaluation.Case(context, query, truth.unsqueeze(1), "a", torch.tensor([0]))
+    row, code = evaluation.evaluate(model, [case])["a"], model.encode(context)
+    mean = evaluation.pixel_values(model, lambda query: model.decode(code, query), query)
+    error, unseen = (mean - truth)[0], context["mask"].flatten() == 0
+    inside = (error.abs() < 1.96 * model.decode(code, query).std[0]).float()
+    want = -10 * math.log10(error[unseen].square().mean())
+    assert row["psnr_unclamped"] == pytest.approx(want, abs=1e-3) and row["psnr"] > want + 0.1
+    assert row["coverage"] == pytest.approx(float(inside[unseen].mean()), abs=1e-4)
+    assert abs(row["coverage"] - float(inside.mean())) > 1e-3
+
+
 def test_scores_that_are_not_finite_are_written_as_null(tmp_path):
     evaluation.write_json(tmp_path / "s.json", {"a": [math.nan, math.inf, 1.5], "n": 3})
     assert json.loads((tmp_path / "s.json").read_text()) == {"a": [None, None, 1.5], "n": 3}
@@ -863,19 +879,30 @@ def test_drawn_curves_lie_to_both_sides_of_the_mean():
     grid, band, drawn = rendering.curve_band(model, x, y, torch.ones(9, 1), 20)
     assert grid[[0, -1], 0].tolist() == [-2, 2] and drawn.shape == (6, 20, 1)
     close((drawn[:3] + drawn[3:]) / 2, band.mean.expand(3, -1, -1), 1e-4)
+    model = tiny("gp", "vnp", 0)
+    model.blocks[0].style[0].weight.mul_(20)
+    grid, band, drawn = rendering.curve_band(model, x, y, torch.ones(9, 1), 20)
+    draws = evaluation.sample_curves(model, context, grid[None], 32, tinyinr.generator(8))
+    assert torch.equal(drawn, draws.mean[:6, 0]) and draws.mean.var(0).max() > 1e-6
+    close(band.std.square(), (draws.std.square() + draws.mean.square()).mean(0)[0]
+          - draws.mean.mean(0)[0].square())
 
 
 def test_a_long_table_is_read_in_parts_that_join_and_dates_stay_dates(tmp_path):
-    days = [f"2020-{month:02}-{day:02}" for month in (1, 2, 3) for day in range(1, 29)]
+    days = [f"2020-{month:02}-{day:02}" for month in range(1, 6) for day in range(1, 29)]
     model, rows = tiny("gp", "vnp"), [f"{day},{i % 7}" for i, day in enumerate(days)]
     (tmp_path / "t.csv").write_text("day,y\n" + "\n".join(rows[::-1]))
     table = tables.read_table(tmp_path / "t.csv")
     parts = rendering.table_parts(model, table)
     ends = [(float(b) * x[[0, -1], 0] + float(a)).tolist() for x, _, _, (a, b, *_) in parts]
-    assert [len(x) for x, *_ in parts] == [43, 42]  # at most 46, and one of both
-    assert ends[0][1] == pytest.approx(ends[1][0]) and ends[0][0] == pytest.approx(0)
+    assert [len(x) for x, *_ in parts] == [36, 36, 36, 35]  # at most 46; neighbors share one
+    assert all(a[1] == pytest.approx(b[0]) for a, b in pairwise(ends)) and abs(ends[0][0]) < 1e-9
     dates = rendering.tabulate_curve(model, table, 5)["day"]
-    assert [*dates[[0, -1]]] == ["2020-01-01T00:00:00", "2020-03-28T00:00:00"]
+    assert [*dates[[0, -1]]] == ["2020-01-01T00:00:00", "2020-05-28T00:00:00"]
+    two = "x,a,b\n" + "".join(f"{i},{i % 3 and i},{i}\n" for i in range(9)).replace(",0,", ",,")
+    table = tables.read_table("two", "all", two.encode())
+    (x, _, mask, _), = rendering.table_parts(tiny("gp", "vnp", n_values=2), table)
+    assert len(x) == 9 and mask.sum(0).tolist() == [6, 9]  # one value beside an x is enough
 
 
 def test_an_attention_picture_holds_the_weights_of_attention(monkeypatch):
@@ -895,3 +922,70 @@ def test_an_attention_picture_holds_the_weights_of_attention(monkeypatch):
         at += g
         close(weights[name], model.encode(context)[name][0, :-1])
     assert list(heat) == list(base) == list(model.shapes)
+
+
+def test_a_set_is_opened_as_its_model_reads_it(tmp_path):
+    """Windows of 48 points, or 96 of several values; a view to ask for; in the unit sphere."""
+    (tmp_path / "t.csv").write_text("".join(f"{i},{i % 7},{i % 5}\n" for i in range(300)))
+    for n_values, points in ((1, 48), (2, 96)):
+        cfg = tinyinr.ModelConfig("gp", "vnp", n_values=n_values)
+        assert evaluation.open_data(cfg, tmp_path / "t.csv", "all").points == points
+    folder, read = balls(tmp_path / "set", "a"), {}
+    for grid in (0, 6):
+        cfg = configs("nvs", "transinr", grid=grid)[0]
+        read[grid] = evaluation.open_data(cfg, folder, "all")
+    assert read[6].poses[0, :, 3].norm() < 0.8 * read[0].poses[0, :, 3].norm()
+    four = replace(cfg, n_views=4)
+    refused("4 views; at least 5 are needed", evaluation.open_data, four, folder, "all")
+    assert len(evaluation.open_data(four, folder, "all", targets=False)) == 1
+    photos(tmp_path / "few", 3, 3), photos(tmp_path / "few", 1, 16)
+    cfg = configs("image", "transinr")[0]  # of 4 x 4 patches
+    assert len(evaluation.open_data(cfg, tmp_path / "few", "all")) == 1
+
+
+def test_cases_hide_other_pixels_of_every_image_and_draw_other_views_of_every_object(tmp_path):
+    photos(tmp_path / "p", 4, 32), photos(tmp_path / "p/small", 2, 24)
+    model, data = tiny("image", "vnp", masked=True), images.ImageSet(tmp_path / "p", "all", 16, 2)
+    cases = list(evaluation.image_cases(model, data))
+    assert [len(case.numbers) for case in cases if case.large is not None] == [4]  # of 32 pixels
+    assert len(cases) == 8 and {case.label[-8:] for case in cases[2:]} == {
+        "10% seen", "30% seen", "50% seen"}
+    for case in cases[2:]:
+        share = case.context["mask"].mean((1, 2, 3))
+        close(share, torch.full_like(share, int(case.label[-8:-6]) / 100), 0.1)
+        assert (case.context["mask"][0] != case.context["mask"][1]).any()
+    model = tiny("nvs", "transinr")
+    data = scenes.SceneSet(balls(tmp_path / "s", "0123"), "train", 16)
+    data.poses = data.poses[:4].repeat(len(data), 1, 1)
+    seen = [case.context["poses"] for case in evaluation.scene_cases(model, data, pairs=9)]
+    assert not any(torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_scores_are_of_as_many_signals_and_steps_as_asked_for_and_of_a_splits_own_curves(
+        monkeypatch, tmp_path):
+    given = []
+    for name in ("evaluate", "evaluate_curves"):
+        monkeypatch.setattr(evaluation, name, lambda model, cases, more: given.append(
+            (list(cases), more)))
+    pixels = images.ImageSet(photos(tmp_path / "p", 5), "all", 16)
+    evaluation.score(tiny("image", "transinr"), pixels, tto=3, count=2)
+    views = scenes.SceneSet(balls(tmp_path / "s", "0123"), "train", 16)
+    evaluation.score(tiny("nvs", "transinr"), views, tto=2, count=1)
+    for split in ("test", "val", "train"):
+        evaluation.score(tiny("gp", "vnp"), None, count=1, split=split, autoregressive=True)
+    (two, tto), (one, more), *sets = given
+    assert ([len(case.target) for case in two], tto, len(one), more) == ([2], 3, 1, 2)
+    assert all(by_one for _, by_one in sets)
+    assert len({float(cases[0][0][0, 0]) for cases, _ in sets}) == 3
+
+
+def test_every_set_of_curves_has_latents_of_its_own_and_exact_posteriors_beside_it():
+    model = tiny("gp", "vnp", 0)
+    model.blocks[0].style[0].weight.mul_(20)
+    x, y, hyper, n = next(curves.gp_test_sets("rbf", 1))
+    case = (x, y, None, ("rbf", hyper), n)
+    row = evaluation.evaluate_curves(model, [(*case, "a", None), (*case, "b", None)])
+    assert row["a"]["target_ll"] != row["b"]["target_ll"]
+    posterior = curves.averaged_gp(x[:, :n], y[:, :n], x[:, n:])  # of the noise that drew them
+    want = torch.distributions.Normal(*posterior).log_prob(y[:, n:]).mean()
+    assert row["a"]["averaged_gp"] == pytest.approx(float(want), abs=1e-4)

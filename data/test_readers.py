@@ -194,6 +194,31 @@ def test_nearest_filling_takes_a_nearest_seen_pixel():
     assert (filled[3] == 0.5).all()
 
 
+def test_smaller_pictures_are_enlarged_bicubically_unless_they_are_squeezed():
+    image, kinds = noisy(8, 12), Image.Resampling
+    for fit, size, box, kind in (("crop", (16, 16), (2, 0, 10, 8), kinds.BICUBIC),
+                                 ("short", (24, 16), None, kinds.BICUBIC),
+                                 ("squeeze", (16, 16), None, kinds.BILINEAR)):
+        want = np.array(image.resize(size, kind, box))
+        assert (images.resized(image, 16, fit) == want).all()
+
+
+def test_random_crops_reach_all_edges_and_differ_between_pictures(tmp_path):
+    for i in range(3):
+        noisy(18, 17).save(tmp_path / f"{i}.png")  # equal ones
+    data = images.ImageSet(tmp_path, "all", 16, random_crop=True)
+    pixels = images.to_tensor(np.array(noisy(18, 17)))
+    places = {(y, x): pixels[:, y : y + 16, x : x + 16] for y in range(3) for x in range(2)}
+    at = lambda crop: next(k for k, v in places.items() if torch.equal(v, crop))
+    cut = [[at(data[i, seed][0]) for seed in range(60)] for i in range(3)]
+    assert set(cut[0]) == set(places) and cut[0] != cut[1] != cut[2]
+
+
+def test_a_limit_is_of_the_bundled_archives_together():
+    data = images.ImageSet(None, "val", 16, limit=5)
+    assert [data.labels.count(label) for label in ("emoji", "photos")] == [3, 3]
+
+
 # ------------------------------------------------------------------------- scenes
 
 
@@ -389,6 +414,30 @@ def test_a_scene_is_found_by_folder_file_and_within_a_zip_or_is_a_bare_photo(tmp
     assert scene.images[0, 0, 20].tolist()[::13] == [255, 0, 0, 255]
 
 
+def test_the_angles_of_a_camera_are_across_its_width_and_height():
+    frame = {"file_path": "a", "transform_matrix": np.eye(4).tolist()}
+    meta = dict(frames=[frame], camera_angle_x=0.8, camera_angle_y=0.5, w=40, h=30)
+    (view,) = scenes.parse_transforms(json.dumps(meta).encode())
+    assert (view.fx, view.fy) == pytest.approx((20 / math.tan(0.4), 15 / math.tan(0.25)))
+
+
+def test_cameras_that_nearly_conform_stay_and_others_are_moved():
+    for shift, distance, want in ((0.1, 4.2, ((0, 0, 0), 1)), (0.5, 4.0, ((0.5, 0, 0), 1)),
+                                  (0.0, 5.0, ((0, 0, 0), 0.8))):
+        poses = opposite_cameras()[:, :3]
+        poses[..., 3] = poses[..., 3] * distance / 4 + np.array([shift, 0, 0])
+        origin, scale = scenes.find_centre(poses)
+        np.testing.assert_allclose((*origin, scale), (*want[0], want[1]), atol=1e-6)
+
+
+def test_a_background_that_is_not_white_is_noted_and_a_set_may_be_limited(tmp_path):
+    for grey, told in ((240, False), (200, True)):
+        note = scenes.background(torch.full((2, 3, 8, 8), grey, dtype=torch.uint8))
+        assert ("not white" in note) == told
+    many_scenes(tmp_path, "abc")
+    assert [len(scenes.SceneSet(tmp_path, "all", 8, limit=n)) for n in (0, 2)] == [3, 2]
+
+
 # ------------------------------------------------------------------------- curves
 
 
@@ -517,6 +566,42 @@ def test_a_short_curve_leaves_random_places_empty(tmp_path, n_values):
     assert parts.mean().item() == pytest.approx(4.5, abs=0.5) and parts.std() > 0.5
 
 
+def test_series_at_equal_distances_go_from_end_to_end():
+    x = curves.draw_series(64, 30, generator(0))[0].sort(1)[0][..., 0]
+    equal = x[(x.diff(dim=1).std(1) < 1e-6)]
+    assert 16 < len(equal) < 48
+    close(equal, torch.linspace(-2, 2, 30).double().expand_as(equal))
+
+
+def test_windows_do_not_overlap_and_each_is_split_anew(tmp_path):
+    """Of the longer curves; one of five points is left out."""
+    for n in (100, 30, 5, 11):
+        (tmp_path / f"{n}.csv").write_text("".join(f"{i},{i * i % 97}\n" for i in range(n)))
+    data = curves.CurveSet(tmp_path, "all", points=24)
+    assert len(data) == 3 and len(curves.CurveSet(tmp_path, "all", limit=2)) == 2
+    parts, first = list(data.windows(2)), dict(zip(data.names, data.first.tolist()))
+    want = [first["100.csv"] + i for i in (0, 24, 48, 72)] + [first["30.csv"], first["11.csv"]]
+    half = parts[: len(parts) // 2]
+    assert sorted(sum((rows.tolist() for *_, rows in half), [])) == sorted(want)
+    assert {(x.shape[1], n) for x, _, _, n, _ in parts} == {(24, 12), (11, 5)}
+    for a, b in zip(half, parts[len(half) :], strict=True):
+        assert torch.equal(a[0].sort(1)[0], b[0].sort(1)[0]) and (a[0] != b[0]).any()
+
+
+def test_drawn_windows_begin_at_every_row_that_leaves_room(tmp_path):
+    (tmp_path / "a.csv").write_text("".join(f"{i},{i**3}\n" for i in range(14)))
+    x, y, _ = curves.CurveSet(tmp_path, "all", points=12).draw(60, 12, generator(0))
+    ends = y.gather(1, x.argmax(1, keepdim=True)).flatten()
+    assert len(ends.mul(1e6).round().unique()) == 3
+
+
+def test_a_constant_is_standardised_to_0_in_units_of_its_own():
+    x, y = torch.full((1, 3, 1), 7.0), torch.full((1, 3, 1), 5.0)
+    a, b, (mid, scale, mean, of) = curves.standardise(x, y)
+    assert not a.any() and not b.any()
+    assert [float(v) for v in (mid, scale, mean, of)] == [7, 1, 5, 1]
+
+
 # ------------------------------------------------------------------------- tables
 
 
@@ -625,6 +710,23 @@ def test_dates_of_every_form_are_days_since_the_first(days, dates):
     table = tables.read_table("t", None, f"date,v\n{rows}".encode())
     assert torch.cat((table.x, table.y), 1).mT.tolist() == [[*map(float, days.split())], [0, 1, 2]]
     assert table.origin.year == 2020
+
+
+@pytest.mark.parametrize("rows, x, origin", [
+    ("31.12.30 31.12.29", [0, 36160], datetime(1930, 12, 31)),  # of two digits 1930 to 2029
+    ("20200101T003000+0200 20200102T003000+0200", [0, 1], datetime(2019, 12, 31, 22, 30)),
+    ("10:00 9:30 23:50 0:20 1:00", [10, 9.5, 23 + 5 / 6, 24 + 1 / 3, 25], None)])
+def test_years_of_two_digits_offsets_and_clocks_that_pass_midnight(rows, x, origin):
+    table = tables.read_table("t", data="".join(
+        f"{v};{i}\n" for i, v in enumerate(rows.split())).encode())
+    assert table.origin == origin and table.x[:, 0].tolist() == pytest.approx(x)
+
+
+def test_rows_that_repeat_an_x_are_noted_where_they_are_more_than_a_third():
+    for again, told in ((2, False), (5, True)):
+        rows = [*range(10 - again), *range(again)]
+        table = tables.read_table("t", data="".join(f"{x},{x}\n" for x in rows).encode())
+        assert any("rows repeat" in note for note in table.notes) == told
 
 
 def test_a_mark_that_may_be_of_thousands_or_decimals_is_named():
