@@ -399,6 +399,18 @@ def test_rays_with_depths_and_jitter_of_their_own_are_predicted_in_pieces(name, 
               model.decode(code, query | more, z=z).mean)
 
 
+def test_the_latents_of_a_signal_are_averaged_over_1024_of_its_targets_or_all():
+    model = tiny("image", "vnp", latent_pool="query")
+    for block in model.blocks:  # a prior that matters
+        block.value[-1].weight.mul_(20)
+    code = model.encode(signals("image", 1)[0])
+    for side in (32, 40):
+        query = {"coords": tinyinr.pixel_grid(side, side)[None]}
+        some = tinyinr.subsample(query, 1024)
+        assert some["coords"].shape == (1, 1024, 2)
+        close(tinyinr.mean_latents(model, code, query), model.latents(code, some)[0], 1e-6)
+
+
 def test_the_divergence_of_scenes_counts_once_a_signal_and_unknown_targets_not_at_all():
     model, (context, query) = tiny("nvs", "vnp"), signals("nvs")
     target, eps = rand(3, 7, 3, seed=4), rand(2, 3, 1, 5)
