@@ -1677,8 +1677,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-PER_QUERY = ("coords", "x", "rays_o", "rays_d")  # entries with one row per target
-PER_RAY = ("near", "far", "jitter")  # with one, or with what all share
+PER_QUERY = ("coords", "x", "rays_o", "rays_d")  # entries that always have one row per target
 
 
 def n_queries(query: dict) -> int:
@@ -1689,9 +1688,8 @@ def n_queries(query: dict) -> int:
 def select_queries(query: dict, index) -> dict:
     """The targets of a query at an index: a slice, or a tensor of numbers or booleans."""
     n = n_queries(query)
-    cut = lambda k, v: k in PER_QUERY or (
-        k in PER_RAY and isinstance(v, Tensor) and v.dim() == 3 and v.shape[1] == n)
-    return {k: v[:, index] if cut(k, v) else v for k, v in query.items()}
+    per_target = lambda v: isinstance(v, Tensor) and v.dim() == 3 and v.shape[1] == n
+    return {k: v[:, index] if per_target(v) else v for k, v in query.items()}
 
 
 def subsample(query: dict, most: int) -> dict:
