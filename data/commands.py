@@ -142,7 +142,8 @@ FIELDS = {  # that one task or model alone reads
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]),
               help="[default: the preset's; auto is what is fastest]")
-@click.option("--init", type=click.Path(), help="Fine-tune the model of this checkpoint.")
+@click.option("--init", type=click.Path(), help="Fine-tune the model of this checkpoint, "
+              "by the recipe of --preset.")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/TASK-MODEL]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out as it was.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
