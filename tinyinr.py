@@ -253,7 +253,8 @@ SMALL = {  # (task, model): what differs from the defaults
     ("nvs", "transinr"): VIEWS | MLP | OURS | dict(
         grid=5, n_freqs=8, freq_top=32.0, n_queries=128, lr=4e-4, muon_lr=0.006),
     ("gp", "vnp"): CURVES | OURS | dict(
-        n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16),
+        n_freqs=16, cross_depth=2, cross_ff=256, n_blocks=2, hidden=128, latent=16, lr=7e-4,
+        muon_lr=0.007),
     ("gp", "transinr"): CURVES | OURS | dict(n_freqs=32, inr_width=64, n_groups=4),
     ("image", "vnp"): IMAGES | DECODER | OURS | dict(
         n_heads=2, head_dim=64, ff_dim=512, grid=64, patch=8, masked=True, freq_top=8.0, zoom=4,
@@ -283,7 +284,7 @@ PRESETS = {
     "vnp-gp": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
         n_convs=10, depth=4, minutes=45.0, lr=6e-4, muon_lr=0.006, warmup=200)},
     "vnp-series": {("gp", "vnp"): SMALL["gp", "vnp"] | dict(
-        kernel="series", rough=0.0, minutes=30.0)},
+        kernel="series", rough=0.0, minutes=30.0, lr=1e-3, muon_lr=0.01)},
 }
 
 

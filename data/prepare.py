@@ -532,12 +532,15 @@ def pretrained(run, cores):
     tinyinr.save(model.half(), path, **more)
     usual, usual_recipe = tinyinr.make_config(recipe.preset, cfg.task, cfg.model)
     changed = [k for k in vars(cfg) if getattr(cfg, k) != getattr(usual, k)]
+    length = f" --steps {recipe.steps}" if recipe.steps else f" --minutes {recipe.minutes:g}"
+    own = [getattr(usual_recipe, k) != getattr(recipe, k) for k in ("steps", "minutes")]
+    seconds = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["elapsed"]
     record = {
         "command": f"python tinyinr.py train --task {cfg.task} --model {cfg.model}"
                    + f" --preset {recipe.preset}" * (recipe.preset != "small")
-                   + f" --minutes {recipe.minutes:g}" * (recipe.minutes != usual_recipe.minutes)
+                   + length * any(own)
                    + "".join(f" --set {k}={getattr(cfg, k)}" for k in changed),
-        "minutes": round(ckpt["elapsed"] / 60, 1), "steps": ckpt["step"], "seed": recipe.seed,
+        "minutes": round(seconds / 60, 1), "steps": ckpt["step"], "seed": recipe.seed,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", ""),
         "cores": cores or torch.get_num_threads()}
     record["part_size"] = {"image": 8, "nvs": 1, "gp": 2}[cfg.task]  # what a test can repeat
