@@ -1326,7 +1326,6 @@ class GridScene(Scene):
     and color are scaled.
     """
 
-    tto_lr = 2e-4
     limits = {"near": 0.0, "far": math.inf}  # the sphere limits rays
 
     def axis(self, n):  # the interpolation ends where the sphere does
