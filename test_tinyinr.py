@@ -918,10 +918,10 @@ code = model.encode({{"image": torch.rand(2, 3, 22, 22)}})
 assert model.decode(code, {{"coords": tinyinr.pixel_grid(8, 8)[None]}}).mean.shape == (2, 64, 3)
 cfg, recipe = tinyinr.make_config(batch_size=2, n_queries=64, steps=20, grid=4, **{SIZES})
 run = tinyinr.Run(cfg, recipe)
-pixels = (torch.rand(4, 3, 1, 1) * 255).byte().expand(4, 3, 16, 16)
-batches = tinyinr.image_batches(cfg, recipe, pixels)
+pixels = (torch.rand(4, 3, 1, 1, generator=tinyinr.generator(0)) * 255).byte()
+batches = tinyinr.image_batches(cfg, recipe, pixels.expand(4, 3, 16, 16))
 loss = [float(run.update(b, i / 20)[0]) for i, b in enumerate(itertools.islice(batches, 20))]
-assert loss[-1] < loss[0] and "data" not in sys.modules
+assert sum(loss[-4:]) < 0.85 * sum(loss[:4]) and "data" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
